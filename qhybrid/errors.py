@@ -1,0 +1,61 @@
+"""The error tree: what happened, where, what to do about it, and the exit code."""
+
+from __future__ import annotations
+
+
+class QhybridError(Exception):
+    """Base of every error a user may see.
+
+    `message` says what happened, `where` names the place ("recipe.yaml:12"), `hint` says what to do.
+    Exit code 2 means that the user's input was wrong; 1 means that a run failed.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str | None = None, where: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.where = where
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{text}\nhint: {self.hint}" if self.hint else text
+
+
+class RecipeError(QhybridError):
+    """The recipe, or an override on the command line, is not valid."""
+
+
+class LayoutError(QhybridError):
+    """The bands do not fit the model: overlap, a pattern without a match, a layer out of range."""
+
+
+class ModelError(QhybridError):
+    """The base model cannot be found, read or used."""
+
+
+class AdapterError(QhybridError):
+    """A saved adapter cannot be read, or does not belong to the base model."""
+
+
+class DataError(QhybridError):
+    """A data file cannot be read, or too little of it is usable."""
+
+
+class RunFolderError(QhybridError):
+    """The output folder holds something that must not be overwritten, or nothing to resume from."""
+
+
+class TrainingError(QhybridError):
+    """A run that started correctly had to stop."""
+
+    exit_code = 1
+
+
+class NonFiniteError(TrainingError):
+    """The loss or the gradient norm became NaN or infinite; the optimizer step was not taken."""
+
+
+class AllocationError(TrainingError):
+    """An AdaLoRA band ended without a single allocation, so its ranks never adapted."""

@@ -1,0 +1,1 @@
+"""Recipes: what the user asks for, frozen and validated. Imports no torch."""

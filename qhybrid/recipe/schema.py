@@ -1,0 +1,258 @@
+"""The recipe's sections as frozen pydantic models: every key, its type, its default and its limits."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from qhybrid.recipe.training_fields import TrainingSection
+from qhybrid.units import parse_bytes
+
+Kind = Literal["lora", "rslora", "dora", "adalora"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+# Published ratios for LLaMA-class models are 2 to 4 (LoRA+, arXiv 2402.12354).
+DEFAULT_LORAPLUS_RATIO = 4.0
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, no silent conversion of text to numbers."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class ModelSection(Section):
+    """The base model: a Hugging Face folder, a hub id, a GGUF file or `package:NAME/FILE`."""
+
+    path: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    dtype: Dtype = "bfloat16"  # weights that are not quantised, and the compute type
+    adapter_dtype: Dtype | None = None  # A, B, P and Q; the model's dtype when left out
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    tokenizer: str | None = None  # another folder or hub id, when the model's own tokenizer is not wanted
+
+    @property
+    def resolved_adapter_dtype(self) -> Dtype:
+        """The dtype that A, B, P and Q train in."""
+        return self.adapter_dtype or self.dtype
+
+
+class QuantizationSection(Section):
+    """How the base weights are stored. NF4 with double quantisation is QLoRA (arXiv 2305.14314)."""
+
+    method: Literal["nf4", "none"] = "nf4"
+    double_quant: bool = True
+
+
+class AdaLoraSection(Section):
+    """AdaLoRA's schedule and constants (arXiv 2303.10512).
+
+    A step count below 1 is a fraction of all optimizer steps; 1 and above is a number of steps.
+    """
+
+    init_rank: Annotated[int, Field(ge=1)] | None = None  # 1.5 times the target rank when left out
+    warmup: Annotated[float, Field(ge=0)] = 0.1  # t_i: steps at the initial budget
+    final: Annotated[float, Field(ge=0)] = 0.3  # t_f: length of the last phase, at the target budget
+    interval: Annotated[int, Field(ge=1)] | None = None  # ΔT; a twentieth of the decay when left out
+    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    regularizer_weight: Annotated[float, Field(ge=0)] = 0.1  # gamma
+
+
+class BandSection(Section):
+    """One band: the layers it takes, and the adapter that every target module in them gets."""
+
+    band: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+    layers: str = "all"  # "0-9", "0,3,5-7", "30%-70%", "bottom", "middle", "top" or "all"
+    kind: Kind = "lora"
+    rank: Annotated[int, Field(ge=1, le=8192)] = 16  # AdaLoRA: the average rank at the end
+    alpha: Annotated[float, Field(gt=0)] | None = None  # twice the rank when left out
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Annotated[tuple[str, ...], Field(strict=False)] = ("all-linear",)
+    init: Literal["kaiming", "gaussian"] | None = None  # of A; B starts at zero. AdaLoRA has its own.
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 1.0  # B's learning rate over A's
+    adalora: AdaLoraSection | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_short_forms(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if str(values.get("kind", "")).lower() in ("lora+", "loraplus"):
+            values["kind"] = "lora"
+            values.setdefault("loraplus_lr_ratio", DEFAULT_LORAPLUS_RATIO)
+        if isinstance(values.get("layers"), int) and not isinstance(values["layers"], bool):
+            values["layers"] = str(values["layers"])
+        targets = values.get("target_modules")
+        if isinstance(targets, str):
+            values["target_modules"] = (targets,)
+        return values
+
+    @field_validator("target_modules")
+    @classmethod
+    def _targets_are_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or any(not pattern for pattern in value):
+            raise ValueError("name at least one module, or 'all-linear'")
+        for pattern in value:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return value
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        if self.kind == "dora" and self.dropout > 0:
+            raise ValueError(
+                "a dora band needs dropout 0: with dropout the base product must be computed a second time"
+            )
+        if self.kind == "adalora":
+            if self.loraplus_lr_ratio != 1:
+                raise ValueError("loraplus_lr_ratio has no meaning for adalora: P, Λ and Q share one rate")
+            if self.init is not None:
+                raise ValueError("init has no effect on adalora, which starts from N(0, 0.02²) and Λ = 0")
+            if self.init_rank < self.rank:
+                raise ValueError(f"adalora.init_rank {self.init_rank} is below the target rank {self.rank}")
+        elif self.adalora is not None:
+            raise ValueError(f"the adalora settings have no effect on kind {self.kind!r}")
+        return self
+
+    @property
+    def resolved_alpha(self) -> float:
+        """alpha, or twice the rank where the recipe leaves it out."""
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+    @property
+    def schedule(self) -> AdaLoraSection:
+        """AdaLoRA's settings, with the defaults where the recipe leaves them out."""
+        return self.adalora or AdaLoraSection()
+
+    @property
+    def init_rank(self) -> int:
+        """The rank that the matrices are built with: above the target for AdaLoRA, else the rank."""
+        if self.kind != "adalora":
+            return self.rank
+        return self.schedule.init_rank or max(self.rank + 1, (3 * self.rank) // 2)
+
+
+class SourceSection(Section):
+    """One data source: a JSON, JSONL, CSV or Parquet file, or a data set on the hub."""
+
+    path: Annotated[str, Field(min_length=1)]
+    format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"] = "auto"
+    columns: dict[str, str] = {}  # our name: the file's name
+    split: str = "train"  # hub data sets only
+    subset: str | None = None  # hub data sets only: the configuration's name
+    weight: Annotated[float, Field(gt=0)] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None  # the first rows only
+
+
+class DataSection(Section):
+    """What to train and evaluate on."""
+
+    sources: Annotated[tuple[SourceSection, ...], Field(min_length=1, strict=False)]
+    eval_sources: Annotated[tuple[SourceSection, ...], Field(strict=False)] = ()
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # held out of `sources` by seeded choice
+    mixture: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    chat_template: str | None = None  # "chatml", "alpaca", or a .jinja file; the tokenizer's when left out
+    system_prompt: str | None = None  # for conversations that have none
+    max_dropped_fraction: Fraction = 0.05
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source_needs_no_list(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for key in ("sources", "eval_sources"):
+            given = values.get(key)
+            if isinstance(given, (str, dict)):
+                given = [given]
+            if isinstance(given, (list, tuple)):
+                values[key] = [{"path": item} if isinstance(item, str) else item for item in given]
+        return values
+
+    @model_validator(mode="after")
+    def _one_way_to_evaluate(self) -> Self:
+        if self.eval_sources and self.eval_fraction:
+            raise ValueError("give eval_sources or eval_fraction, not both")
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError("give every source a weight, or none")
+        if any(source.weight is not None for source in self.eval_sources):
+            raise ValueError("weight has no effect on eval_sources: every row is used once")
+        return self
+
+
+class MemorySection(Section):
+    """The memory that a run may use."""
+
+    vram: str | None = None  # such as "24GiB"; caps what this process may take of the GPU
+
+    @field_validator("vram")
+    @classmethod
+    def _is_an_amount(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
+
+
+class DistributedSection(Section):
+    """How many processes train together, and what DeepSpeed ZeRO shards among them."""
+
+    processes: Annotated[int, Field(ge=1)] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "optimizer", "all"] = "none"
+
+    @model_validator(mode="after")
+    def _single_process(self) -> Self:
+        if self.processes > 1 or self.zero_stage or self.offload != "none":
+            raise ValueError("several processes and ZeRO are not in this version; leave this section out")
+        return self
+
+
+class Recipe(Section):
+    """What one run does: frozen, validated, with every default filled in."""
+
+    model: ModelSection
+    quantization: QuantizationSection = QuantizationSection()
+    adapters: Annotated[tuple[BandSection, ...], Field(min_length=1, strict=False)]
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    memory: MemorySection = MemorySection()
+    distributed: DistributedSection = DistributedSection()
+    output_dir: Annotated[str, Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_bands(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("adapters"), (list, tuple)):
+            return values
+        bands = []
+        for index, band in enumerate(values["adapters"]):
+            if isinstance(band, dict) and "band" not in band:
+                name = band.get("layers") if str(band.get("layers")).isalpha() else f"band{index}"
+                band = {"band": name, **band}
+            bands.append(band)
+        return {**values, "adapters": bands}
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        names = [band.band for band in self.adapters]
+        doubled = {name for name in names if names.count(name) > 1}
+        if doubled:
+            raise ValueError(f"two bands are called {sorted(doubled)[0]!r}; give each its own name")
+        if self.data.chat_template and self.training.chat_template_path:
+            raise ValueError("data.chat_template and training.chat_template_path both name a template")
+        has_eval = bool(self.data.eval_sources) or self.data.eval_fraction > 0
+        if self.training.eval_strategy != "no" and not has_eval:
+            raise ValueError("training.eval_strategy needs data.eval_sources or data.eval_fraction")
+        return self

@@ -1,0 +1,165 @@
+"""From a recipe's bands and a ModelSpec to the Layout: which module gets which adapter."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+
+from qhybrid.architecture.layout import Layout, LayoutRow
+from qhybrid.architecture.spec import Linear, ModelSpec
+from qhybrid.errors import LayoutError
+from qhybrid.recipe.schema import BandSection
+
+_THIRDS = {"bottom": (0, 1), "middle": (1, 2), "top": (2, 3)}
+
+
+def build_layout(bands: tuple[BandSection, ...], spec: ModelSpec) -> Layout:
+    """Give every module that a band names its adapter.
+
+    Raises:
+        LayoutError: a layer out of range, an empty band, a pattern that matches nothing, or two bands that
+            claim the same module.
+    """
+    owner: dict[str, str] = {}
+    rows: list[LayoutRow] = []
+    for band in bands:
+        layers = parse_layers(band.layers, spec.num_layers, band.band)
+        linears = match_targets(band, spec)
+        for layer in layers:
+            for linear in linears:
+                module = spec.module_name(layer, linear)
+                if module in owner:
+                    raise LayoutError(
+                        f"bands {owner[module]!r} and {band.band!r} both claim {module}",
+                        hint="a module belongs to one band: make the layers or the target_modules disjoint",
+                    )
+                owner[module] = band.band
+                rows.append(_row(band, spec, layer, linear))
+    order = {linear.name: index for index, linear in enumerate(spec.linears)}
+    rows.sort(key=lambda row: (row.layer, order[row.module.split(".", 3)[3]]))
+    return Layout(tuple(rows))
+
+
+def parse_layers(text: str, num_layers: int, band: str) -> tuple[int, ...]:
+    """The layers that `text` means: "0-9", "0,3,5-7", "30%-70%", "bottom", "middle", "top" or "all".
+
+    Percentages and thirds cut the depth at round(p·L): neighbouring bands "0%-30%" and "30%-100%" meet
+    without a gap or an overlap. A range of numbers includes its end.
+
+    Raises:
+        LayoutError: not one of these forms, out of range, or empty; the message names `band`.
+    """
+    word = text.strip().lower()
+    if word == "all":
+        return tuple(range(num_layers))
+    if word in _THIRDS:
+        start, end = (round(num_layers * third / 3) for third in _THIRDS[word])
+        return _not_empty(range(start, end), text, num_layers, band)
+    percent = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%\s*-\s*([0-9]+(?:\.[0-9]+)?)%", word)
+    if percent:
+        low, high = float(percent[1]), float(percent[2])
+        if not low < high <= 100:
+            raise LayoutError(f"band {band!r}: {text!r} must rise and end at 100% or below")
+        cut = [math.floor(num_layers * p / 100 + 0.5) for p in (low, high)]
+        return _not_empty(range(*cut), text, num_layers, band)
+    layers: list[int] = []
+    for part in word.split(","):
+        match = re.fullmatch(r"\s*([0-9]+)(?:\s*-\s*([0-9]+))?\s*", part)
+        if match is None:
+            nearest = difflib.get_close_matches(word, [*_THIRDS, "all"], n=1)
+            raise LayoutError(
+                f"band {band!r}: {text!r} does not name layers",
+                hint=f"did you mean {nearest[0]!r}?"
+                if nearest
+                else "write 0-9, 0,3,5-7, 30%-70%, bottom, middle, top or all",
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise LayoutError(f"band {band!r}: {part.strip()!r} runs backwards")
+        if last >= num_layers:
+            raise LayoutError(
+                f"band {band!r}: layer {last} is out of range",
+                hint=f"the model has {num_layers} layers, 0 to {num_layers - 1}",
+            )
+        layers.extend(range(first, last + 1))
+    if len(set(layers)) < len(layers):
+        raise LayoutError(f"band {band!r}: {text!r} names a layer twice")
+    return tuple(sorted(layers))
+
+
+def _not_empty(layers: range, text: str, num_layers: int, band: str) -> tuple[int, ...]:
+    if not layers:
+        raise LayoutError(f"band {band!r}: {text!r} of {num_layers} layers is no layer at all")
+    return tuple(layers)
+
+
+def match_targets(band: BandSection, spec: ModelSpec) -> tuple[Linear, ...]:
+    """The linears of a layer that the band's target_modules name.
+
+    A target is "all-linear", "attention", "mlp", a module's name ("q_proj", "self_attn.q_proj"), or
+    "re:" and a regular expression for the whole name below the layer.
+
+    Raises:
+        LayoutError: a target that matches no linear of the model; the message names the band.
+    """
+    chosen: set[str] = set()
+    for target in band.target_modules:
+        matched = [linear.name for linear in spec.linears if _matches(target, linear)]
+        if not matched:
+            known = [linear.target for linear in spec.linears]
+            nearest = difflib.get_close_matches(target, known, n=1, cutoff=0.5)
+            raise LayoutError(
+                f"band {band.band!r}: target_modules {target!r} matches no linear module",
+                hint=(f"did you mean {nearest[0]!r}? " if nearest else "")
+                + f"this model has {', '.join(known)} (or: all-linear, attention, mlp)",
+            )
+        chosen.update(matched)
+    return tuple(linear for linear in spec.linears if linear.name in chosen)
+
+
+def _matches(target: str, linear: Linear) -> bool:
+    if target in ("all-linear", "all"):
+        return True
+    if target == "attention":
+        return linear.name.startswith("self_attn.")
+    if target == "mlp":
+        return linear.name.startswith("mlp.")
+    if target.startswith("re:"):
+        return re.fullmatch(target[3:], linear.name) is not None
+    return target in (linear.name, linear.target)
+
+
+def _row(band: BandSection, spec: ModelSpec, layer: int, linear: Linear) -> LayoutRow:
+    rank, alpha = band.init_rank, band.resolved_alpha
+    largest = min(linear.in_features, linear.out_features)
+    if rank > largest:
+        raise LayoutError(
+            f"band {band.band!r}: rank {rank} is above {largest}, the smaller side of {linear.target} "
+            f"({linear.out_features} x {linear.in_features})",
+            hint=f"choose a rank of at most {largest}",
+        )
+    return LayoutRow(
+        module=spec.module_name(layer, linear),
+        layer=layer,
+        target=linear.target,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        band=band.band,
+        kind=band.kind,
+        rank=rank,
+        target_rank=band.rank,
+        alpha=alpha,
+        scaling=scaling(band.kind, alpha, rank),
+        dropout=band.dropout,
+        init="adalora" if band.kind == "adalora" else band.init or "kaiming",
+        loraplus_lr_ratio=band.loraplus_lr_ratio,
+    )
+
+
+def scaling(kind: str, alpha: float, rank: int) -> float:
+    """s in W + s·B·A: alpha/r, and alpha/sqrt(r) for rsLoRA (arXiv 2312.03732).
+
+    AdaLoRA divides by the initial rank all through the run, so that pruning leaves the function alone.
+    """
+    return alpha / math.sqrt(rank) if kind == "rslora" else alpha / rank

@@ -1,0 +1,146 @@
+"""Layout: one row for each adapted module. Every other part of qhybrid reads ranks from here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qhybrid.errors import LayoutError
+from qhybrid.units import format_count
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayoutRow:
+    """The adapter of one module. W is (out_features, in_features), A (rank, in), B (out, rank)."""
+
+    module: str  # "model.layers.3.self_attn.q_proj"
+    layer: int
+    target: str  # "q_proj"
+    in_features: int
+    out_features: int
+    band: str
+    kind: str  # lora, rslora, dora or adalora
+    rank: int  # of the matrices; for AdaLoRA the initial rank
+    target_rank: int  # AdaLoRA: the band's average at the end; else equal to rank
+    alpha: float
+    scaling: float  # s in W + s·B·A
+    dropout: float
+    init: str
+    loraplus_lr_ratio: float
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained parameters: A and B, DoRA's magnitudes, AdaLoRA's Λ."""
+        extra = {"dora": self.out_features, "adalora": self.rank}.get(self.kind, 0)
+        return self.rank * (self.in_features + self.out_features) + extra
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All adapted modules of one model, in the order of the layers."""
+
+    rows: tuple[LayoutRow, ...]
+
+    def __iter__(self) -> Iterator[LayoutRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def by_module(self) -> dict[str, LayoutRow]:
+        """The rows by full module name."""
+        return {row.module: row for row in self.rows}
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """The names of the bands, in the order in which they appear."""
+        return tuple(dict.fromkeys(row.band for row in self.rows))
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained parameters of all adapters."""
+        return sum(row.num_parameters for row in self.rows)
+
+    def of_band(self, band: str) -> tuple[LayoutRow, ...]:
+        """The rows of one band."""
+        return tuple(row for row in self.rows if row.band == band)
+
+    def of_kind(self, *kinds: str) -> tuple[LayoutRow, ...]:
+        """The rows of some kinds."""
+        return tuple(row for row in self.rows if row.kind in kinds)
+
+    def to_json(self) -> str:
+        """The layout as JSON, one row a line."""
+        rows = ",\n".join("    " + json.dumps(dataclasses.asdict(row)) for row in self.rows)
+        return f'{{\n  "format_version": {FORMAT_VERSION},\n  "rows": [\n{rows}\n  ]\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "layout.json") -> Layout:
+        """Read what `to_json` wrote.
+
+        Raises:
+            LayoutError: not JSON, another format version, or rows with other fields.
+        """
+        try:
+            content: dict[str, Any] = json.loads(text)
+            if content["format_version"] != FORMAT_VERSION:
+                raise LayoutError(
+                    f"format version {content['format_version']} is not {FORMAT_VERSION}", where=where
+                )
+            return cls(tuple(LayoutRow(**row) for row in content["rows"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise LayoutError(f"not a layout: {error}", where=where) from None
+
+    def to_text(self) -> str:
+        """The layout as a table: runs of layers that have the same adapter share a line."""
+        header = ("layers", "module", "band", "kind", "rank", "alpha", "s", "dropout", "parameters")
+        lines = [header]
+        for target in dict.fromkeys(row.target for row in self.rows):
+            rows = [row for row in self.rows if row.target == target]
+            start = 0
+            for end in range(1, len(rows) + 1):
+                if end < len(rows) and _same_but_layer(rows[end], rows[end - 1]):
+                    continue
+                lines.append(_table_line(rows[start:end]))
+                start = end
+        body = sorted(lines[1:], key=lambda line: int(line[0].split("-")[0]))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        text = [
+            "  ".join(
+                cell.rjust(w) if i > 3 else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in [header, *body]
+        ]
+        for band in self.bands:
+            rows = self.of_band(band)
+            text.append(
+                f"band {band}: {rows[0].kind}, {len(rows)} modules, "
+                f"{format_count(sum(row.num_parameters for row in rows))} parameters"
+            )
+        text.append(f"total: {len(self.rows)} modules, {format_count(self.num_parameters)} parameters")
+        return "\n".join(text)
+
+
+def _same_but_layer(one: LayoutRow, other: LayoutRow) -> bool:
+    if abs(one.layer - other.layer) != 1:
+        return False
+    return dataclasses.replace(one, module="", layer=0) == dataclasses.replace(other, module="", layer=0)
+
+
+def _table_line(rows: list[LayoutRow]) -> tuple[str, ...]:
+    row = rows[0]
+    layers = str(row.layer) if len(rows) == 1 else f"{row.layer}-{rows[-1].layer}"
+    rank = f"{row.rank}→{row.target_rank}" if row.kind == "adalora" else str(row.rank)
+    kind = row.kind + (f" (LoRA+ {row.loraplus_lr_ratio:g})" if row.loraplus_lr_ratio != 1 else "")
+    parameters = format_count(sum(r.num_parameters for r in rows))
+    return (
+        layers, row.target, row.band, kind, rank, f"{row.alpha:g}", f"{row.scaling:.4g}", f"{row.dropout:g}",
+        parameters,
+    )  # fmt: skip

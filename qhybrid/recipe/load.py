@@ -1,0 +1,265 @@
+"""From a file and overrides to a Recipe, with errors that name file, line and the nearest right name."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from qhybrid.errors import RecipeError
+from qhybrid.recipe.aliases import translate
+from qhybrid.recipe.schema import Recipe
+from qhybrid.recipe.shipped import find_shipped, shipped_names
+from qhybrid.recipe.yaml_source import MAX_BYTES, Source, parse_value, parse_yaml
+from qhybrid.recipe.yaml_source import Path as KeyPath
+
+OVERRIDE = "command line"
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe, the file it came from, and notices about names that were translated."""
+
+    recipe: Recipe
+    path: Path
+    notices: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the recipe file; relative data paths may start there."""
+        return self.path.parent
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Load the recipe file `name` (or the shipped recipe of that name) and apply `overrides`.
+
+    Args:
+        name: a path to a YAML file, or the name of a shipped recipe without `.yaml`.
+        overrides: texts of the form `training.learning_rate=1e-4` or `adapters.top.rank=8`.
+
+    Raises:
+        RecipeError: no such file, not a recipe, or an override that names nothing.
+    """
+    path = _find(name)
+    raw = path.read_bytes()[: MAX_BYTES + 1]
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise RecipeError("the file is not UTF-8 text", where=f"{name}:{line}") from None
+    recipe, notices = parse_recipe(text, name, overrides)
+    return LoadedRecipe(recipe, path, tuple(notices))
+
+
+def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
+    """Validate the YAML `text`, called `name` in messages. Returns the recipe and notices."""
+    source = parse_yaml(text, name)
+    overridden = [_apply_override(source, override) for override in overrides]
+    values, origins, notices = translate(source)
+    try:
+        return Recipe.model_validate(values), notices
+    except ValidationError as error:
+        raise _as_recipe_error(error, source, origins, overridden) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out; `parse_recipe` reads it back to an equal recipe."""
+    values = recipe.model_dump(mode="json")
+    training = type(recipe.training)
+    # What another section owns is always at its default here, and refused when given.
+    values["training"] = {
+        key: value
+        for key, value in values["training"].items()
+        if value != training.model_fields[key].default or key not in _owned()
+    }
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _owned() -> Iterable[str]:
+    from qhybrid.recipe.training_fields import OWNED_ELSEWHERE
+
+    return OWNED_ELSEWHERE
+
+
+def _find(name: str) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        raise RecipeError(f"{name} is a folder, not a recipe file")
+    if path.is_file():
+        return path
+    shipped = find_shipped(name)
+    if shipped is not None:
+        return shipped
+    folder = path.parent
+    nearby = [str(file) for file in sorted(folder.glob("*.y*ml"))] if folder.is_dir() else []
+    nearest = difflib.get_close_matches(name, [*nearby, *shipped_names()], n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "qhybrid recipes list shows the shipped ones"
+    raise RecipeError(f"there is no recipe {name!r}", hint=hint)
+
+
+def _apply_override(source: Source, override: str) -> KeyPath:
+    """Set one value in `source`; a band may be named by its name or its number."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise RecipeError(
+            f"{override!r} is not an override",
+            where=OVERRIDE,
+            hint="write for example training.max_steps=100",
+        )
+    parts = key.strip().split(".")
+    value = parse_value(text, OVERRIDE)
+    at: Any = source.values
+    path: list[str | int] = []
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(at, list):
+            index = _list_index(at, part, override)
+            path.append(index)
+            if last:
+                at[index] = value
+            else:
+                at = at[index]
+        elif isinstance(at, dict):
+            path.append(part)
+            if last:
+                at[part] = value
+            else:
+                if at.get(part) is None:
+                    at[part] = {}
+                at = at[part]
+        else:
+            raise RecipeError(
+                f"{override!r}: {'.'.join(map(str, path))} is a single value and has no {part!r}",
+                where=OVERRIDE,
+            )
+    return tuple(path)
+
+
+def _list_index(items: list, part: str, override: str) -> int:
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    names = [
+        str(item.get("band", item.get("name", item.get("layers")))) if isinstance(item, dict) else str(item)
+        for item in items
+    ]
+    if part in names:
+        return names.index(part)
+    raise RecipeError(
+        f"{override!r}: there is no {part!r} in the list",
+        where=OVERRIDE,
+        hint=f"use a number from 0 to {len(items) - 1}, or one of: {', '.join(names)}",
+    )
+
+
+def _as_recipe_error(
+    error: ValidationError, source: Source, origins: dict[KeyPath, KeyPath], overridden: list[KeyPath]
+) -> RecipeError:
+    """All problems in one message, each with its line and hint; a single problem keeps its hint apart."""
+    problems = error.errors(include_url=False)
+    found: list[tuple[str, str | None]] = []
+    for problem in problems:
+        path = _without_tags(problem["loc"])
+        if problem["type"] == "too_short" and any(
+            len(other["loc"]) > len(path) and other["loc"][: len(path)] == path for other in problems
+        ):
+            continue  # a list looks empty when its items were refused
+        message, hint = _describe(dict(problem), path)
+        where = OVERRIDE if path in overridden else source.where(origins.get(path, path))
+        name = ".".join(map(str, path))
+        found.append((f"{where}: {name + ': ' if name else ''}{message}", hint))
+    if len(found) == 1:
+        return RecipeError(found[0][0], hint=found[0][1])
+    return RecipeError("\n".join(f"{line} ({hint})" if hint else line for line, hint in found))
+
+
+def _without_tags(location: tuple[int | str, ...]) -> KeyPath:
+    """pydantic's location without the names of union members, which are no keys of ours."""
+    path: list[str | int] = []
+    for part in location:
+        if isinstance(part, str) and path and not isinstance(_model_at(tuple(path)), type):
+            break
+        path.append(part)
+    return tuple(path)
+
+
+def _model_at(path: KeyPath) -> type[BaseModel] | None:
+    """The section class that stands at `path`, if one does."""
+    model: type[BaseModel] | None = Recipe
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(str(part)) if model else None
+        model = _section_in(field.annotation) if field else None
+    return model
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in typing.get_args(annotation):
+        found = _section_in(argument)
+        if found:
+            return found
+    return None
+
+
+def _describe(problem: dict[str, Any], path: KeyPath) -> tuple[str, str | None]:
+    """One problem in words, and a hint."""
+    kind, given, context = problem["type"], problem.get("input"), problem.get("ctx") or {}
+    if kind == "extra_forbidden":
+        return _unknown_key(path)
+    if kind == "missing":
+        return "is missing", f"add {path[-1]}"
+    if kind == "literal_error":
+        model = _model_at(path[:-1])
+        field = model.model_fields.get(str(path[-1])) if model else None
+        choices = [str(choice) for choice in _choices(field.annotation)] if field else []
+        nearest = difflib.get_close_matches(str(given), choices, n=1, cutoff=0.6)
+        shown = ", ".join(choices) if len(choices) <= 16 else ", ".join(choices[:16]) + ", …"
+        return (
+            f"{given!r} is not one of: {shown}",
+            f"did you mean {nearest[0]!r}?" if nearest else None,
+        )
+    if kind == "value_error":
+        return str(context.get("error", problem["msg"])), None
+    message = problem["msg"].removeprefix("Input ").replace("Value error, ", "")
+    if isinstance(given, (str, int, float)):
+        message += f", not {given!r}"
+    hint = None
+    if isinstance(given, str) and kind in ("float_type", "int_type", "bool_type"):
+        hint = "remove the quotes" if isinstance(parse_value(given, ""), (int, float)) else None
+    return message, hint
+
+
+def _choices(annotation: Any) -> list[Any]:
+    if typing.get_origin(annotation) is typing.Literal:
+        return list(typing.get_args(annotation))
+    return [choice for argument in typing.get_args(annotation) for choice in _choices(argument)]
+
+
+def _unknown_key(path: KeyPath) -> tuple[str, str | None]:
+    """Say which known key is nearest: in the same section first, then anywhere in the recipe."""
+    section, key = path[:-1], str(path[-1])
+    model = _model_at(section) or Recipe
+    message = "unknown key"
+    nearest = difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.7)
+    if nearest:
+        return message, f"did you mean {nearest[0]!r}?"
+    for name, field in Recipe.model_fields.items():
+        other = _section_in(field.annotation)
+        if other is None or other is model:
+            continue
+        found = difflib.get_close_matches(key, list(other.model_fields), n=1, cutoff=0.8)
+        if found:
+            place = f"{name}[]" if name == "adapters" else name
+            return message, f"did you mean {place}.{found[0]}?"
+    nearest = difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.5)
+    if nearest:
+        return message, f"did you mean {nearest[0]!r}?"
+    return message, f"known here: {', '.join(list(model.model_fields)[:12])}"

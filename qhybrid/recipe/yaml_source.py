@@ -1,0 +1,191 @@
+"""YAML text to plain values, with the line of every key: YAML 1.2 scalars, bounded in size and depth."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from qhybrid.errors import RecipeError
+
+MAX_BYTES = 256 * 1024
+MAX_DEPTH = 32
+MAX_NODES = 10_000  # after aliases are expanded
+
+Path = tuple[str | int, ...]
+
+# The core schema of YAML 1.2. PyYAML's own resolver follows 1.1: `2e-4` is text there, and `no` is False.
+_NULL = re.compile(r"~|null|Null|NULL|")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_SPECIAL = re.compile(r"([-+]?)\.(inf|Inf|INF|nan|NaN|NAN)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Parsed YAML: the values, and the line on which each key or list item stands."""
+
+    name: str
+    values: dict[str, Any]
+    lines: dict[Path, int] = field(default_factory=dict)
+
+    def where(self, path: Path) -> str:
+        """ "file:line" of `path`, or of its nearest parent that stands in the file."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.lines:
+                return f"{self.name}:{self.lines[path[:length]]}"
+        return self.name
+
+
+def parse_scalar(text: str) -> Any:
+    """The value of a plain (unquoted) scalar under the YAML 1.2 core schema."""
+    if _NULL.fullmatch(text):
+        return None
+    if _BOOL.fullmatch(text):
+        return text.lower() == "true"
+    if _INT.fullmatch(text) and len(text) < 40:
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    special = _SPECIAL.fullmatch(text)
+    if special:
+        return float(special[1] + special[2].lower())
+    return text
+
+
+def parse_yaml(text: str, name: str) -> Source:
+    """Parse a document whose top level is a mapping.
+
+    Raises:
+        RecipeError: not YAML, too large or too deep, a key given twice, a tag, or no mapping at the top.
+    """
+    lines: dict[Path, int] = {}
+    values = _build(text, name, lines)
+    if not isinstance(values, dict):
+        raise RecipeError("a recipe is a mapping of sections", where=name, hint="start with `model:`")
+    return Source(name, values, lines)
+
+
+def parse_value(text: str, name: str) -> Any:
+    """Parse one value, as on the right of an override: `1e-4`, `[q_proj, v_proj]`, `true`."""
+    return _build(text, name, {})
+
+
+@dataclass
+class _Open:
+    """A mapping or a sequence that is still being read."""
+
+    container: dict[str, Any] | list[Any]
+    path: Path
+    line: int
+    anchor: str | None
+    key: str | None = None
+    size: int = 1
+
+
+def _build(text: str, name: str, lines: dict[Path, int]) -> Any:
+    if len(text.encode("utf-8", "surrogateescape")) > MAX_BYTES:
+        raise RecipeError(f"the file is larger than {MAX_BYTES // 1024} KiB", where=name)
+    try:
+        return _from_events(text, name, lines)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(
+            f"not valid YAML: {error.problem or error.context}",
+            where=f"{name}:{line}",
+            hint="check the indentation, and quote values that contain ': ' or start with % or @",
+        ) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"not valid YAML: {' '.join(str(error).split())[:200]}", where=name) from None
+
+
+def _from_events(text: str, name: str, lines: dict[Path, int]) -> Any:
+    stack: list[_Open] = []
+    anchors: dict[str, tuple[Any, int]] = {}
+    root: list[Any] = []
+    num_nodes = 0
+    documents = 0
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    def place(value: Any, size: int, line: int) -> None:
+        """Put a finished value into the innermost open container."""
+        if not stack:
+            root.append(value)
+            return
+        top = stack[-1]
+        top.size += size
+        if isinstance(top.container, list):
+            top.container.append(value)
+            return
+        if top.key is None:
+            top.key = _as_key(value, f"{name}:{line}")
+            if top.key in top.container:
+                raise RecipeError(f"the key {top.key!r} is given twice", where=f"{name}:{line}")
+            lines[(*top.path, top.key)] = line
+            return
+        if top.key == "<<":  # merge key: what stands here wins over what is merged
+            if not isinstance(value, dict):
+                raise RecipeError("<< must name a mapping", where=f"{name}:{line}")
+            for key, merged in value.items():
+                top.container.setdefault(key, merged)
+        else:
+            top.container[top.key] = value
+        top.key = None
+
+    for event in yaml.parse(text, Loader=loader):
+        line = event.start_mark.line + 1
+        here = f"{name}:{line}"
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise RecipeError(f"YAML tags such as {event.tag!r} are not used in recipes", where=here)
+        if isinstance(event, yaml.DocumentStartEvent):
+            documents += 1
+            if documents > 1:
+                raise RecipeError("one file holds one recipe; remove the second document", where=here)
+        elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            if len(stack) >= MAX_DEPTH:
+                raise RecipeError(f"nested deeper than {MAX_DEPTH} levels", where=here)
+            path = _child_path(stack[-1] if stack else None, here)
+            lines.setdefault(path, line)
+            container: dict[str, Any] | list[Any] = {} if isinstance(event, yaml.MappingStartEvent) else []
+            stack.append(_Open(container, path, line, event.anchor))
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            closed = stack.pop()
+            if closed.anchor:
+                anchors[closed.anchor] = (closed.container, closed.size)
+            place(closed.container, closed.size, closed.line)
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in anchors:
+                raise RecipeError(f"the alias *{event.anchor} has no anchor before it", where=here)
+            value, size = anchors[event.anchor]
+            num_nodes += size
+            place(value, size, line)
+        elif isinstance(event, yaml.ScalarEvent):
+            value = parse_scalar(event.value) if event.implicit[0] else event.value  # [0]: not quoted
+            if stack and isinstance(stack[-1].container, list):
+                lines[(*stack[-1].path, len(stack[-1].container))] = line
+            if event.anchor:
+                anchors[event.anchor] = (value, 1)
+            num_nodes += 1
+            place(value, 1, line)
+        if num_nodes > MAX_NODES:
+            raise RecipeError(f"more than {MAX_NODES:,} values; aliases count each time", where=here)
+    return root[0] if root else {}
+
+
+def _child_path(parent: _Open | None, here: str) -> Path:
+    if parent is None:
+        return ()
+    if isinstance(parent.container, list):
+        return (*parent.path, len(parent.container))
+    if parent.key is None:
+        raise RecipeError("a key must be a word, not a list or a mapping", where=here)
+    return (*parent.path, parent.key)
+
+
+def _as_key(value: Any, here: str) -> str:
+    if isinstance(value, (str, int)) and not isinstance(value, bool):
+        return str(value)
+    raise RecipeError(f"{value!r} is not a usable key", where=here)

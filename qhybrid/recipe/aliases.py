@@ -96,9 +96,7 @@ CONVERTED: dict[str, Callable[[Any], Settings]] = {
     "finetuning_type": _must_be("finetuning_type", "lora"),
     "stage": _must_be("stage", "sft"),
     "do_train": _must_be("do_train", True),
-    "flash_attention": lambda value: (
-        [(("model", "attn_implementation"), "flash_attention_2")] if value else []
-    ),
+    "flash_attention": lambda value: [(("model", "attn_implementation"), "flash_attention_2")] if value else [],
     "bf16": lambda value: [(("model", "dtype"), "bfloat16")] if value in (True, "auto") else [],
     "fp16": lambda value: [(("model", "dtype"), "float16")] if value else [],
     "quantization_method": _must_be("quantization_method", "bitsandbytes", "bnb"),

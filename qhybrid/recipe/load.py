@@ -68,6 +68,20 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[R
         raise _as_recipe_error(error, source, origins, overridden) from None
 
 
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with every value that follows from others written out: alpha, initial ranks, dtypes."""
+    bands = []
+    for band in recipe.adapters:
+        filled: dict[str, Any] = {"alpha": band.resolved_alpha}
+        if band.kind == "adalora":
+            filled["adalora"] = band.schedule.model_copy(update={"init_rank": band.init_rank})
+        else:
+            filled["init"] = band.init or "kaiming"
+        bands.append(band.model_copy(update=filled))
+    model = recipe.model.model_copy(update={"adapter_dtype": recipe.model.resolved_adapter_dtype})
+    return recipe.model_copy(update={"model": model, "adapters": tuple(bands)})
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out; `parse_recipe` reads it back to an equal recipe."""
     values = recipe.model_dump(mode="json")

@@ -239,7 +239,8 @@ class Recipe(Section):
         bands = []
         for index, band in enumerate(values["adapters"]):
             if isinstance(band, dict) and "band" not in band:
-                name = band.get("layers") if str(band.get("layers")).isalpha() else f"band{index}"
+                layers = band.get("layers", "all")
+                name = layers if isinstance(layers, str) and layers.isalpha() else f"band{index}"
                 band = {"band": name, **band}
             bands.append(band)
         return {**values, "adapters": bands}

@@ -1,0 +1,197 @@
+"""AdaLoRA's rank allocator: the budget schedule, the importance scores and the masks of one band.
+
+Zhang et al., arXiv 2303.10512, eq. 7 to 11 and algorithm 1. Their eq. 14 (the schedule) has a misprint; this is
+the form that its text describes and that the authors' code has. peft's allocator is not used: nobody calls it
+under trl, its final phase never comes when tfinal is 0, ties prune too many, and a resume loses its averages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qhybrid.errors import RecipeError
+from qhybrid.recipe.schema import AdaLoraSection
+
+_DEFAULT_ALLOCATIONS = 20  # in the decay, where the recipe gives no interval
+
+
+@dataclass(frozen=True)
+class BudgetSchedule:
+    """How many triplets a band may keep after each optimizer step. Steps count from 1 to total_steps."""
+
+    total_steps: int  # T
+    warmup_steps: int  # t_i: all triplets live
+    final_steps: int  # t_f: the length of the last phase, in which the choice is fixed
+    interval: int  # ΔT
+    init_budget: int
+    target_budget: int
+
+    @property
+    def last_allocation(self) -> int:
+        """The step of the final choice, T - t_f."""
+        return self.total_steps - self.final_steps
+
+    def budget(self, step: int) -> int:
+        """b(t): constant, then cubic, then constant, rounded to the nearest whole number."""
+        if step <= self.warmup_steps:
+            return self.init_budget
+        if step >= self.last_allocation:
+            return self.target_budget
+        left = 1 - (step - self.warmup_steps) / (self.last_allocation - self.warmup_steps)
+        return math.floor(self.target_budget + (self.init_budget - self.target_budget) * left**3 + 0.5)
+
+    def is_due(self, step: int) -> bool:
+        """Whether an allocation happens after `step`."""
+        if step == self.last_allocation:
+            return True
+        in_decay = self.warmup_steps < step < self.last_allocation
+        return in_decay and (step - self.warmup_steps) % self.interval == 0
+
+    @classmethod
+    def plan(
+        cls, settings: AdaLoraSection, *, band: str, total_steps: int, init_budget: int, target_budget: int
+    ) -> BudgetSchedule:
+        """Fit the recipe's settings to the real number of optimizer steps.
+
+        Raises:
+            RecipeError: warm-up and final phase leave no step for an allocation.
+        """
+
+        def steps(value: float) -> int:
+            return int(value) if value >= 1 or value == 0 else int(value * total_steps)
+
+        warmup, final = steps(settings.warmup), steps(settings.final)
+        decay = total_steps - warmup - final
+        if decay < 1:
+            raise RecipeError(
+                f"band {band!r}: AdaLoRA has no step to allocate in: the run has {total_steps} optimizer steps, "
+                f"warm-up takes {warmup} and the final phase {final}",
+                hint="train for more steps, or lower adalora.warmup and adalora.final (below 1: a fraction)",
+            )
+        if settings.interval is not None and settings.interval > decay:
+            raise RecipeError(
+                f"band {band!r}: adalora.interval {settings.interval} is longer than the decay of {decay} steps",
+                hint="choose a shorter interval, or leave it out",
+            )
+        interval = settings.interval or max(1, decay // _DEFAULT_ALLOCATIONS)
+        return cls(total_steps, warmup, final, interval, init_budget, target_budget)
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """The trained factors of one module: Q (r, in), P (out, r) and Λ (r,)."""
+
+    q: nn.Parameter
+    p: nn.Parameter
+    lam: nn.Parameter
+
+
+class RankAllocator:
+    """Scores the triplets of one band and keeps the most important ones within the budget.
+
+    Only λ is zeroed, so a triplet that was dropped can grow back until the final choice. Call `observe` when the
+    gradients of a step are complete and the weights not yet updated, and `allocate` after the update.
+    """
+
+    def __init__(
+        self, band: str, modules: Mapping[str, Triplets], schedule: BudgetSchedule, beta1: float, beta2: float
+    ) -> None:
+        self.band = band
+        self.schedule = schedule
+        self.num_allocations = 0
+        self._modules = dict(modules)
+        self._beta1, self._beta2 = beta1, beta2
+        # fp32 whatever the adapters' dtype: these averages differ by less than bf16 can tell.
+        self._importance: dict[str, Tensor] = {}
+        self._uncertainty: dict[str, Tensor] = {}
+        for name, triplets in self._modules.items():
+            for factor, parameter in _factors(triplets):
+                self._importance[f"{name}.{factor}"] = torch.zeros_like(parameter, dtype=torch.float32)
+                self._uncertainty[f"{name}.{factor}"] = torch.zeros_like(parameter, dtype=torch.float32)
+        self._masks = {
+            name: torch.ones_like(t.lam, dtype=torch.bool, requires_grad=False)
+            for name, t in self._modules.items()
+        }
+
+    @torch.no_grad()
+    def observe(self, gradient_scale: float = 1.0) -> None:
+        """Update the averages with I = |w · grad| (eq. 8 to 10).
+
+        Args:
+            gradient_scale: what the gradients were multiplied with (a loss scaler's factor).
+        """
+        for name, triplets in self._modules.items():
+            for factor, parameter in _factors(triplets):
+                key = f"{name}.{factor}"
+                importance, uncertainty = self._importance[key], self._uncertainty[key]
+                if parameter.grad is None:
+                    sensitivity = torch.zeros_like(importance)
+                else:
+                    sensitivity = (parameter.float() * parameter.grad.float()).abs_().div_(gradient_scale)
+                importance.lerp_(sensitivity, 1 - self._beta1)
+                uncertainty.lerp_(sensitivity.sub_(importance).abs_(), 1 - self._beta2)
+
+    def scores(self) -> dict[str, Tensor]:
+        """S (r,) of every module: s(λ_i) + mean s(P_·i) + mean s(Q_i·), with s = importance · uncertainty."""
+
+        def s(key: str) -> Tensor:
+            return self._importance[key] * self._uncertainty[key]
+
+        return {
+            name: s(f"{name}.lambda") + s(f"{name}.p").mean(0) + s(f"{name}.q").mean(1) for name in self._modules
+        }
+
+    @torch.no_grad()
+    def allocate(self, step: int) -> bool:
+        """After optimizer step number `step` (from 1): choose anew if it is due, and zero what is dropped.
+
+        Returns:
+            Whether a new choice was made.
+        """
+        due = self.schedule.is_due(step)
+        if due:
+            scores = torch.cat(list(self.scores().values()))
+            # A stable sort keeps exactly the budget, ties included, and the same triplets on every machine.
+            keep = torch.argsort(scores, descending=True, stable=True)[: self.schedule.budget(step)]
+            mask = torch.zeros_like(scores, dtype=torch.bool)
+            mask[keep] = True
+            sizes = [len(chosen) for chosen in self._masks.values()]
+            self._masks = dict(zip(self._masks, mask.split(sizes), strict=True))
+            self.num_allocations += 1
+        if due or step > self.schedule.last_allocation:
+            for name, triplets in self._modules.items():
+                triplets.lam.masked_fill_(~self._masks[name], 0)
+        return due
+
+    def live_ranks(self) -> dict[str, int]:
+        """The number of kept triplets of every module."""
+        return {name: int(mask.sum()) for name, mask in self._masks.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that a resume needs, at full size, as tensors."""
+        state = {f"importance.{key}": value for key, value in self._importance.items()}
+        state |= {f"uncertainty.{key}": value for key, value in self._uncertainty.items()}
+        state |= {f"mask.{name}": mask.to(torch.uint8) for name, mask in self._masks.items()}
+        state["num_allocations"] = torch.tensor(self.num_allocations)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave; every tensor must be there, with its shape."""
+        expected = self.state_dict()
+        if expected.keys() != state.keys():
+            raise KeyError(f"allocator state differs in {sorted(expected.keys() ^ state.keys())[:3]}")
+        for kind, own in (("importance", self._importance), ("uncertainty", self._uncertainty)):
+            for key, value in own.items():
+                value.copy_(state[f"{kind}.{key}"])
+        for name, mask in self._masks.items():
+            self._masks[name] = state[f"mask.{name}"].to(mask.device, torch.bool)
+        self.num_allocations = int(state["num_allocations"])
+
+
+def _factors(triplets: Triplets) -> tuple[tuple[str, nn.Parameter], ...]:
+    return ("p", triplets.p), ("q", triplets.q), ("lambda", triplets.lam)

@@ -1,0 +1,91 @@
+"""Builds a Layout on a base model: one peft LoraModel in which every module has its own kind.
+
+peft refuses several kinds on one 4-bit model by every public way. What works, trains, resumes and saves is one
+LoraModel whose modules carry a LoraVariant each: none for lora and rslora, DoraVariant for dora, AdaLoraVariant
+for adalora. LoraVariant is not public API; tests/integration/test_contracts.py holds what is used of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from qhybrid.adapters.adalora import INITIAL_STD, AdaLoraVariant, add_lambda
+from qhybrid.adapters.dora import DoraMagnitude, DoraVariant
+from qhybrid.architecture.layout import Layout, LayoutRow
+from qhybrid.base.load import keep_exact_on_cpu
+from qhybrid.errors import ModelError
+
+ADAPTER = "default"
+
+
+def attach(model: nn.Module, layout: Layout, *, dtype: torch.dtype) -> PeftModel:
+    """Add the layout's adapters to `model`, in place; only they are trained.
+
+    A, B, P and Q get `dtype`; DoRA's magnitudes and AdaLoRA's Λ are fp32, because their updates are smaller
+    than bf16 can hold. The initial values follow torch's global generator: seed it first.
+
+    Raises:
+        ModelError: the model lacks a module of the layout.
+    """
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    missing = [row.module for row in layout if row.module not in linears]
+    if missing:
+        raise ModelError(f"the model has no linear module {missing[0]} ({len(missing)} of {len(layout)} missing)")
+    keep_exact_on_cpu(model)
+    peft_model = get_peft_model(model, peft_config(layout), adapter_name=ADAPTER, autocast_adapter_dtype=False)
+    for row, module in adapted_modules(peft_model, layout):
+        _build(row, module, dtype)
+    return peft_model
+
+
+def peft_config(layout: Layout) -> LoraConfig:
+    """The layout in peft's words. alpha is written as s·r, so that peft's alpha/r is s for every kind."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=max(row.rank for row in layout),
+        target_modules=[row.module for row in layout],
+        rank_pattern={row.module: row.rank for row in layout},
+        alpha_pattern={row.module: row.scaling * row.rank for row in layout},
+    )
+
+
+def adapted_modules(model: PeftModel, layout: Layout) -> Iterator[tuple[LayoutRow, LoraLayer]]:
+    """Each row of the layout with the peft layer that carries it."""
+    base = model.get_base_model()
+    for row in layout:
+        yield row, base.get_submodule(row.module)
+
+
+def _build(row: LayoutRow, module: LoraLayer, dtype: torch.dtype) -> None:
+    a, b = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
+    a.to(dtype), b.to(dtype)
+    module.scaling[ADAPTER] = row.scaling
+    if row.dropout:
+        module.lora_dropout[ADAPTER] = nn.Dropout(row.dropout)
+    if row.init == "gaussian":
+        nn.init.normal_(a.weight, std=1 / row.rank)
+    if row.kind == "dora":
+        if not module.lora_magnitude_vector:
+            module.adapter_layer_names = (*module.adapter_layer_names, "lora_magnitude_vector")
+        module.lora_magnitude_vector[ADAPTER] = DoraMagnitude(module.get_base_layer())
+        module.lora_variant[ADAPTER] = DoraVariant()
+    elif row.kind == "adalora":
+        nn.init.normal_(a.weight, std=INITIAL_STD)
+        nn.init.normal_(b.weight, std=INITIAL_STD)
+        add_lambda(module, ADAPTER, row.rank)
+        module.lora_variant[ADAPTER] = AdaLoraVariant()
+
+
+@contextlib.contextmanager
+def keep_adapter_values(model: PeftModel) -> Iterator[None]:
+    """Undo any cast of the adapters inside the block: trl rounds all but DoRA's magnitudes to bf16 on 4-bit."""
+    values = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+    yield
+    for parameter, value in values.items():
+        parameter.data = value

@@ -1,0 +1,136 @@
+"""The adapter folder: what training saves, what qhybrid reads back, and ordinary peft folders beside it.
+
+adapter.safetensors   every trained tensor at full rank, in its own dtype
+layout.json           one row for each module
+adapter.json          the base model and the versions
+peft/lora, peft/dora  the same adapter for peft without qhybrid (AdaLoRA folded into LoRA, exactly)
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from qhybrid.adapters.attach import ADAPTER, adapted_modules
+from qhybrid.adapters.convert import PlainModule, plain_peft_config, plain_peft_state, to_plain
+from qhybrid.adapters.dora import refresh_norms
+from qhybrid.architecture.layout import Layout
+from qhybrid.errors import AdapterError
+
+WEIGHTS, LAYOUT, INFO = "adapter.safetensors", "layout.json", "adapter.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What is needed to load an adapter again: its base model and how that was loaded."""
+
+    base_model: str  # as the recipe names it
+    base_revision: str | None
+    quantization: str  # nf4 or none
+    double_quant: bool
+    dtype: str  # of the base model's unquantised weights
+    adapter_dtype: str
+    chat_template: str | None = None  # when it is not the tokenizer's own
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def trained_tensors(model: PeftModel, layout: Layout) -> dict[str, nn.Parameter]:
+    """Every trained parameter by its saved name, such as "model.layers.0.self_attn.q_proj.lora_A"."""
+    tensors: dict[str, nn.Parameter] = {}
+    for row, module in adapted_modules(model, layout):
+        tensors[f"{row.module}.lora_A"] = module.lora_A[ADAPTER].weight
+        tensors[f"{row.module}.lora_B"] = module.lora_B[ADAPTER].weight
+        if row.kind == "dora":
+            tensors[f"{row.module}.lora_magnitude"] = module.lora_magnitude_vector[ADAPTER].weight
+        elif row.kind == "adalora":
+            tensors[f"{row.module}.lora_lambda"] = module.lora_lambda[ADAPTER]
+    return tensors
+
+
+def save_weights(model: PeftModel, layout: Layout, folder: Path) -> None:
+    """Write adapter.safetensors and layout.json into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in trained_tensors(model, layout).items()}
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+    (folder / LAYOUT).write_text(layout.to_json(), encoding="utf-8")
+
+
+def load_weights(model: PeftModel, layout: Layout, folder: Path) -> None:
+    """Copy the tensors of `folder` into a model that carries the same layout. All or nothing.
+
+    Raises:
+        AdapterError: a file that is missing or damaged, or tensors that are not exactly the layout's.
+    """
+    file = folder / WEIGHTS
+    own = trained_tensors(model, layout)
+    try:
+        with safe_open(str(file), framework="pt") as reader:
+            saved = set(reader.keys())
+            if saved != own.keys():
+                raise AdapterError(
+                    f"its tensors are not those of the layout; for example {min(saved ^ own.keys())}",
+                    where=str(file),
+                )
+            values = {name: reader.get_tensor(name) for name in own}
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"cannot be read: {error}", where=str(file)) from None
+    for name, value in values.items():
+        if value.shape != own[name].shape:
+            raise AdapterError(
+                f"{name} is {tuple(value.shape)}, the layout says {tuple(own[name].shape)}", where=str(file)
+            )
+    with torch.no_grad():
+        for name, value in values.items():
+            own[name].copy_(value)
+    refresh_norms(model)
+
+
+def save_adapter(model: PeftModel, layout: Layout, info: AdapterInfo, folder: Path) -> None:
+    """Write the whole adapter folder."""
+    save_weights(model, layout, folder)
+    (folder / INFO).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+    lora, dora = to_plain(model, layout)
+    for name, modules in (("lora", lora), ("dora", dora)):
+        if modules:
+            save_plain(modules, info.base_model, folder / "peft" / name)
+
+
+def save_plain(modules: list[PlainModule], base_model: str, folder: Path) -> None:
+    """Write plain modules as an ordinary peft adapter folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.cpu() for name, value in plain_peft_state(modules).items()}
+    save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    plain_peft_config(modules, base_model).save_pretrained(str(folder))
+
+
+def read_adapter(folder: Path) -> tuple[Layout, AdapterInfo]:
+    """The layout and the description of a saved adapter.
+
+    Raises:
+        AdapterError: not an adapter folder of qhybrid, or one of another format version.
+    """
+    if not (folder / INFO).is_file() or not (folder / LAYOUT).is_file():
+        nearby = [candidate.parent for candidate in sorted(folder.glob(f"*/{INFO}"))] if folder.is_dir() else []
+        raise AdapterError(
+            f"{folder} is not an adapter folder of qhybrid",
+            hint=f"did you mean {nearby[0]}?" if nearby else f"it must hold {INFO} and {LAYOUT}",
+        )
+    layout = Layout.from_json((folder / LAYOUT).read_text(encoding="utf-8"), str(folder / LAYOUT))
+    try:
+        content = json.loads((folder / INFO).read_text(encoding="utf-8"))
+        if content.get("format_version") != FORMAT_VERSION:
+            raise AdapterError(
+                f"format version {content.get('format_version')} is not {FORMAT_VERSION}", where=str(folder / INFO)
+            )
+        return layout, AdapterInfo(**content)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise AdapterError(f"not an adapter description: {error}", where=str(folder / INFO)) from None

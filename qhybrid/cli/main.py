@@ -1,0 +1,102 @@
+"""The `qhybrid` command: finds the subcommand, and turns errors into one message and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from qhybrid import __version__
+from qhybrid.errors import QhybridError
+
+# name: (module, one line for the help). Modules are imported only when their command runs.
+_COMMANDS = {
+    "sft": ("qhybrid.cli.sft", "Fine-tune a model as a recipe says."),
+    "eval": ("qhybrid.cli.evaluate", "Loss, perplexity and exact match of a model or an adapter."),
+    "recipes": ("qhybrid.cli.recipes", "List, show, copy and check recipes."),
+    "doctor": ("qhybrid.cli.doctor", "Show versions, GPU and 4-bit readiness, and what to do."),
+}
+
+
+class _LazyGroup(click.Group):
+    """A group that knows its commands' names and help without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        return importlib.import_module(_COMMANDS[cmd_name][0]).command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            import difflib
+
+            nearest = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise click.UsageError(f"There is no command {args[0]!r}.{hint}", ctx) from None
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version", prog_name="qhybrid")
+def cli() -> None:
+    """Fine-tune 4-bit LLaMA-class models with layer-banded LoRA, rsLoRA, DoRA and AdaLoRA adapters.
+
+    Start with: qhybrid recipes list
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit code 0: done; 1: a run failed; 2: the input was wrong; 130: interrupted."""
+    try:
+        cli.main(args=arguments, prog_name="qhybrid", standalone_mode=False)
+    except QhybridError as error:
+        print_error(str(error))
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        print_error("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader went away (`| head`): say nothing, and keep the interpreter from saying it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def print_error(text: str) -> None:
+    """Write "error: …" to standard error, in colour on a terminal."""
+    click.echo(click.style("error: ", fg="red", bold=True) + text, err=True)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' progress bars and notices out of our output; warnings from them stay in the log."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    warnings.filterwarnings("ignore")
+    for name in ("bitsandbytes", "DeepSpeed", "deepspeed", "peft", "trl", "accelerate", "datasets", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""`qhybrid recipes list | show | copy | check | schema`: all without torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+
+from qhybrid.errors import ModelError, RecipeError
+
+
+@click.group("recipes")
+def command() -> None:
+    """List, show, copy and check recipes."""
+
+
+@command.command("list")
+def list_recipes() -> None:
+    """List the recipes that come with qhybrid."""
+    from qhybrid.recipe.shipped import find_shipped, shipped_names, title
+
+    names = shipped_names()
+    width = max(map(len, names), default=0)
+    for name in names:
+        path = find_shipped(name)
+        click.echo(f"{name.ljust(width)}  {title(path) if path else ''}")
+
+
+@command.command("show")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1)
+@click.option("--layout", is_flag=True, help="Show which adapter every module gets, instead of the recipe.")
+@click.option("--config", type=click.Path(), help="A config.json or model folder for --layout.")
+@click.option("--json", "as_json", is_flag=True, help="Print the layout as JSON.")
+def show(recipe: str, overrides: tuple[str, ...], layout: bool, config: str | None, as_json: bool) -> None:
+    """Print RECIPE with every default filled in, or its layout."""
+    from qhybrid.recipe.load import dump_recipe, load_recipe, resolve
+
+    loaded = load_recipe(recipe, overrides)
+    for notice in loaded.notices:
+        click.echo(f"note: {notice}", err=True)
+    if not layout:
+        if config or as_json:
+            raise RecipeError("--config and --json belong to --layout")
+        click.echo(dump_recipe(resolve(loaded.recipe)), nl=False)
+        return
+    from qhybrid.architecture.bands import build_layout
+    from qhybrid.architecture.spec import read_spec
+
+    path = config or loaded.recipe.model.path
+    if not Path(path).exists():
+        raise ModelError(
+            f"there is no {path} on this machine",
+            hint="name the model's config.json with --config; no weights are needed",
+        )
+    if Path(path).is_file() and not path.endswith(".json"):
+        raise ModelError(f"{path} is not a config.json", hint="name the model's config.json with --config")
+    built = build_layout(loaded.recipe.adapters, read_spec(path))
+    click.echo(built.to_json() if as_json else built.to_text(), nl=not as_json)
+
+
+@command.command("copy")
+@click.argument("name")
+@click.argument("target", default=".", type=click.Path())
+def copy(name: str, target: str) -> None:
+    """Copy the shipped recipe NAME to TARGET (a file or a folder), to change it."""
+    from qhybrid.recipe.shipped import find_shipped, shipped_names
+
+    source = find_shipped(name)
+    if source is None:
+        raise RecipeError(f"there is no shipped recipe {name!r}", hint=f"there are: {', '.join(shipped_names())}")
+    path = Path(target)
+    if path.is_dir():
+        path = path / source.name
+    if path.exists():
+        raise RecipeError(f"{path} exists already", hint="choose another name; nothing was changed")
+    if not path.parent.is_dir():
+        raise RecipeError(f"there is no folder {path.parent}")
+    shutil.copyfile(source, path)
+    click.echo(f"wrote {path}")
+
+
+@command.command("check")
+@click.argument("files", nargs=-1, required=True)
+def check(files: tuple[str, ...]) -> None:
+    """Check recipe FILES: keys, types, values, and that sections agree."""
+    from qhybrid.cli.main import print_error
+    from qhybrid.recipe.load import load_recipe
+
+    failed = 0
+    for file in files:
+        try:
+            loaded = load_recipe(file)
+        except RecipeError as error:
+            print_error(str(error))
+            failed += 1
+            continue
+        for notice in loaded.notices:
+            click.echo(f"note: {notice}")
+        click.echo(f"{file}: ok")
+    if failed:
+        raise SystemExit(RecipeError.exit_code)
+
+
+@command.command("schema")
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from qhybrid.recipe.schema import Recipe
+
+    click.echo(json.dumps(Recipe.model_json_schema(), indent=2))

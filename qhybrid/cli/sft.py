@@ -1,0 +1,41 @@
+"""`qhybrid sft RECIPE [overrides]`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("sft", context_settings={"ignore_unknown_options": False})
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1)
+@click.option("--resume", type=click.Choice(["auto"]), help="Go on from the newest whole checkpoint, if any.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier run in the output folder.")
+def command(recipe: str, overrides: tuple[str, ...], resume: str | None, overwrite: bool) -> None:
+    """Fine-tune the model that RECIPE names, as it says.
+
+    RECIPE is a YAML file or the name of a shipped recipe. OVERRIDES change single values:
+    training.learning_rate=1e-4, adapters.top.rank=8, output_dir=runs/second
+    """
+    from qhybrid.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    for notice in loaded.notices:
+        click.echo(f"note: {notice}")
+
+    from qhybrid.cli.main import quiet_libraries
+
+    quiet_libraries()
+    from rich.console import Console
+    from rich.table import Table
+
+    from qhybrid.training.sft import run_sft, summary_rows
+
+    console = Console()
+    result = run_sft(loaded, resume=resume == "auto", overwrite=overwrite, console=console)
+    if not result.figures:
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in summary_rows(result.figures):
+        table.add_row(name, value)
+    console.print(table)
+    console.print(f"adapter  {result.run.adapter}", highlight=False, soft_wrap=True)

@@ -1,0 +1,44 @@
+"""From the recipe's training section to trl's SFTConfig."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trl import SFTConfig
+
+from qhybrid.errors import RecipeError
+from qhybrid.recipe.schema import Recipe
+from qhybrid.recipe.training_fields import OUR_FIELDS, OWNED_ELSEWHERE
+
+
+def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
+    """The arguments of trl's trainer for this recipe.
+
+    Raises:
+        RecipeError: trl or transformers refuse a value; the message is theirs.
+    """
+    training = recipe.training
+    values = {
+        name: getattr(training, name)
+        for name in type(training).model_fields
+        if name not in OUR_FIELDS and name not in OWNED_ELSEWHERE
+    }
+    if training.bf16 is None:
+        values["bf16"] = recipe.model.dtype == "bfloat16" and not training.fp16
+    if training.early_stopping_patience is not None and training.metric_for_best_model is None:
+        values["metric_for_best_model"] = "eval_loss"
+    values |= {
+        "output_dir": str(checkpoints),
+        "disable_tqdm": True,  # qhybrid draws the progress
+        "save_total_limit": None,  # qhybrid prunes, and only after the newer checkpoint is sealed
+        "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting after a resume
+        # The data comes tokenised, with its labels and in the right template.
+        "chat_template_path": None,
+        "eos_token": None,
+        "assistant_only_loss": False,
+        "completion_only_loss": None,
+    }
+    try:
+        return SFTConfig(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"training: {' '.join(str(error).split())}") from None

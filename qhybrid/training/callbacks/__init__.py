@@ -1,0 +1,1 @@
+"""Callbacks around the trainer, one concern a file."""

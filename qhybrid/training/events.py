@@ -1,0 +1,49 @@
+"""The event log: one JSON object a line, written as it happens."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+
+class EventLog:
+    """Appends events to a file; each line has "event" and "time" (seconds since 1970) first."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file.open("a", encoding="utf-8")
+
+    def write(self, event: str, **facts: Any) -> None:
+        """Append one event. NaN and infinities, which JSON lacks, are written as text."""
+        record = {"event": event, "time": round(time.time(), 3), **facts}
+        self._file.write(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_events(file: Path, event: str | None = None) -> list[dict[str, Any]]:
+    """All events of a log, or those of one kind. A last line that was cut off by a crash is left out."""
+    events = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if event is None or record.get("event") == event:
+            events.append(record)
+    return events
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

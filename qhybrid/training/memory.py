@@ -1,0 +1,40 @@
+"""What the process and the GPU hold now."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from qhybrid.errors import RecipeError
+from qhybrid.units import format_bytes, parse_bytes
+
+
+def measured_memory() -> dict[str, int]:
+    """Bytes: the process's resident set and, on CUDA, the allocator's peaks since the start."""
+    measured = {"process_bytes": psutil.Process().memory_info().rss}
+    if torch.cuda.is_available():
+        measured["cuda_max_allocated_bytes"] = torch.cuda.max_memory_allocated()
+        measured["cuda_max_reserved_bytes"] = torch.cuda.max_memory_reserved()
+    return measured
+
+
+def limit_vram(vram: str | None) -> str | None:
+    """Let this process take at most `vram` ("24GiB") of the current GPU.
+
+    Returns:
+        A notice when there is no GPU and the setting has no effect.
+
+    Raises:
+        RecipeError: more than the GPU has.
+    """
+    if vram is None:
+        return None
+    if not torch.cuda.is_available():
+        return f"memory.vram {vram} has no effect: there is no CUDA device"
+    total, wanted = torch.cuda.get_device_properties(0).total_memory, parse_bytes(vram)
+    if wanted > total:
+        raise RecipeError(
+            f"memory.vram {vram} is more than the GPU has ({format_bytes(total)})", hint="lower it or leave it out"
+        )
+    torch.cuda.set_per_process_memory_fraction(wanted / total)
+    return None

@@ -1,0 +1,218 @@
+"""trl's SFTTrainer with banded adapters: AdaLoRA's regulariser and scores, LoRA+ groups, guards, checkpoints.
+
+Everything here is what trl and transformers leave out or do otherwise for these adapters; the training loop,
+the loss, packing, the optimizers and the schedulers are theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.trainer_optimizer import is_optimizer_factory
+from trl import SFTTrainer
+
+from qhybrid.adapters.adalora import orthogonality
+from qhybrid.adapters.allocator import BudgetSchedule, RankAllocator, Triplets
+from qhybrid.adapters.attach import ADAPTER, adapted_modules, keep_adapter_values
+from qhybrid.adapters.dora import hold_norms
+from qhybrid.adapters.folder import load_weights, save_weights
+from qhybrid.adapters.parameter_groups import parameter_groups
+from qhybrid.architecture.layout import Layout
+from qhybrid.errors import NonFiniteError, RecipeError
+from qhybrid.recipe.schema import Recipe
+from qhybrid.training.checkpoint import prune, seal
+
+ALLOCATORS = "allocators.safetensors"
+
+
+class BandedTrainer(SFTTrainer):
+    """Trains a model that `adapters.attach` prepared, as its recipe and layout say."""
+
+    def __init__(self, *, model: PeftModel, recipe: Recipe, layout: Layout, **kwargs: Any) -> None:
+        self.recipe = recipe
+        self.layout = layout
+        self.allocators: list[RankAllocator] = []
+        self.step_loss = 0.0  # cross-entropy of the optimizer step under way
+        self.step_regularizer = 0.0
+        self.grad_norm = 0.0
+        self._triplets = {
+            row.module: Triplets(
+                module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, module.lora_lambda[ADAPTER]
+            )
+            for row, module in adapted_modules(model, layout)
+            if row.kind == "adalora"
+        }
+        with keep_adapter_values(model):
+            super().__init__(model=model, **kwargs)
+
+    # ---- optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that the recipe names, over LoRA+ parameter groups."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if is_optimizer_factory(optimizer_class) or {"params", "model", "optimizer_dict"} & settings.keys():
+            # GaLore, LOMO, Muon and their kin make their own groups.
+            if any(row.loraplus_lr_ratio != 1 for row in self.layout):
+                raise RecipeError(
+                    f"training.optim {self.args.optim} makes its own parameter groups, so loraplus_lr_ratio "
+                    "would have no effect",
+                    hint="choose another optimizer, or remove loraplus_lr_ratio",
+                )
+            return super().create_optimizer(model)
+        groups = parameter_groups(
+            self.model,
+            self.layout,
+            learning_rate=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+        )
+        self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
+
+    # ---- AdaLoRA ----
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.allocators = [self._allocator(band, max_steps) for band in self._adalora_bands()]
+        if resume_from_checkpoint is not None and self.allocators:
+            state = load_file(str(Path(resume_from_checkpoint) / ALLOCATORS))
+            for allocator in self.allocators:
+                prefix = f"{allocator.band}:"
+                own = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+                allocator.load_state_dict(own)
+        return prepared
+
+    def _adalora_bands(self):
+        return [band for band in self.recipe.adapters if band.kind == "adalora"]
+
+    def _allocator(self, band, total_steps: int) -> RankAllocator:
+        rows = self.layout.of_band(band.band)
+        schedule = BudgetSchedule.plan(
+            band.schedule,
+            band=band.band,
+            total_steps=total_steps,
+            init_budget=sum(row.rank for row in rows),
+            target_budget=sum(row.target_rank for row in rows),
+        )
+        triplets = {row.module: self._triplets[row.module] for row in rows}
+        return RankAllocator(band.band, triplets, schedule, band.schedule.beta1, band.schedule.beta2)
+
+    def _regularizer(self) -> Tensor | None:
+        """gamma·R of all AdaLoRA bands, or None where there is none."""
+        penalties = []
+        for band in self._adalora_bands():
+            if band.schedule.regularizer_weight > 0:
+                pairs = [
+                    (self._triplets[r.module].p, self._triplets[r.module].q)
+                    for r in self.layout.of_band(band.band)
+                ]
+                penalties.append(band.schedule.regularizer_weight * orthogonality(pairs))
+        return torch.stack(penalties).sum() if penalties else None
+
+    def live_ranks(self) -> dict[str, int]:
+        """The kept rank of every AdaLoRA module."""
+        return {name: rank for allocator in self.allocators for name, rank in allocator.live_ranks().items()}
+
+    # ---- one step ----
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Tokens that were trained on so far, padding left out."""
+        return int(self._total_train_tokens)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """trl's loss; in training the regulariser joins it once for each optimizer step.
+
+        trl takes the loss from log-probabilities, so a regulariser inside the model would be lost; and inside
+        the model it would be counted once for each micro-batch, and in evaluation.
+        """
+        computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            return computed
+        loss, outputs = computed if return_outputs else (computed, None)
+        # Trainer.training_step divides by the micro-batches unless the loss is a share of all tokens already.
+        counts_tokens = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        shares = (
+            1 if counts_tokens or self.compute_loss_func is not None else self.current_gradient_accumulation_steps
+        )
+        self._cross_entropy = loss.detach() / shares
+        if self.accelerator.sync_gradients:  # the last micro-batch of the step
+            regularizer = self._regularizer()
+            if regularizer is not None:
+                loss = loss + shares * regularizer
+                self.step_regularizer = regularizer.item()
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """One micro-batch. Returns its share of the cross-entropy, without the regulariser."""
+        super().training_step(model, inputs, num_items_in_batch)
+        loss = self._cross_entropy
+        self.step_loss += loss.item()
+        if not math.isfinite(self.step_loss):
+            raise NonFiniteError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the step was not taken",
+                hint="lower the learning rate, or look at the batch: the event log has the step",
+            )
+        if self.accelerator.sync_gradients:
+            # Gradients are complete here, not yet clipped, and the weights not yet updated. Afterwards clipping
+            # would weigh the steps differently, and under DeepSpeed the gradients are gone.
+            scaler = getattr(self.accelerator, "scaler", None)
+            scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+            for allocator in self.allocators:
+                if self.state.global_step < allocator.schedule.last_allocation:
+                    allocator.observe(scale)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.grad_norm = float(grad_norm)
+        if not math.isfinite(self.grad_norm) and not self.args.fp16:  # fp16's loss scaler skips such steps itself
+            raise NonFiniteError(
+                f"the gradient norm is {self.grad_norm} at step {self.state.global_step + 1}; "
+                "the step was not taken",
+                hint="lower the learning rate or training.max_grad_norm",
+            )
+        return grad_norm
+
+    def train(self, *args, **kwargs):
+        """As transformers' train; DoRA's norms are computed once for each optimizer step."""
+        with hold_norms(self.model):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """As trl's evaluate; the random state is put back, so that evaluating does not change the training."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            return super().evaluate(*args, **kwargs)
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        save_weights(self.model, self.layout, folder)
+        state = {f"{a.band}:{key}": value for a in self.allocators for key, value in a.state_dict().items()}
+        if state:
+            save_file({key: value.cpu() for key, value in state.items()}, str(folder / ALLOCATORS))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        checkpoints = Path(self.args.output_dir)
+        seal(checkpoints / f"checkpoint-{self.state.global_step}")
+        best = self.state.best_model_checkpoint
+        prune(checkpoints, limit=self.recipe.training.save_total_limit, keep=Path(best) if best else None)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_weights(self.model, self.layout, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_weights(self.model, self.layout, Path(self.state.best_model_checkpoint))
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """No card: trl's names local paths."""

@@ -100,7 +100,7 @@ class Layout:
     def to_text(self) -> str:
         """The layout as a table: runs of layers that have the same adapter share a line."""
         header = ("layers", "module", "band", "kind", "rank", "alpha", "s", "dropout", "parameters")
-        lines = [header]
+        lines: list[tuple[str, ...]] = [header]
         for target in dict.fromkeys(row.target for row in self.rows):
             rows = [row for row in self.rows if row.target == target]
             start = 0

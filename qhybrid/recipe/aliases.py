@@ -197,7 +197,7 @@ def _rename(section: Any, names: dict[str, str], path: Path, origins: dict, noti
         return section
     renamed: dict[str, Any] = {}
     for key, value in section.items():
-        new = names.get(key, key) if names.get(key) not in section else key
+        new = names[key] if key in names and names[key] not in section else str(key)
         if new != key:
             where = source.where((*path, key))
             notices.append(f"{where}: {key} is read as {'.'.join(map(str, (*path, new)))}")

@@ -65,11 +65,7 @@ def as_source(annotation: object) -> str:
         return "None"
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return f"Literal[{', '.join(repr(member.value) for member in annotation)}]"
-    if (
-        isinstance(annotation, type)
-        and annotation.__module__ == "builtins"
-        and not typing.get_args(annotation)
-    ):
+    if isinstance(annotation, type) and annotation.__module__ == "builtins" and not typing.get_args(annotation):
         return "dict[str, Any]" if annotation is dict else annotation.__name__
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
@@ -116,14 +112,15 @@ def main() -> None:
         f'''"""Every field of trl's SFTConfig as a pydantic section. Generated: do not edit.
 
 Written by scripts/generate_training_fields.py from trl {version("trl")}
-and transformers {version("transformers")}. Types, defaults and names are trl's own, except where a comment says why.
+and transformers {version("transformers")}. Names, types and defaults are trl's own, except where a comment says
+why.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 # Fields that are set elsewhere, and where.
 OWNED_ELSEWHERE = {{
@@ -142,12 +139,13 @@ class TrainingSection(BaseModel):
 
 {chr(10).join(lines)}
 {EXTRA}
-    @model_validator(mode="after")
-    def _owned_elsewhere(self) -> Self:
-        for name in sorted(self.model_fields_set & OWNED_ELSEWHERE.keys()):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{{name}} cannot be set here: {{OWNED_ELSEWHERE[name]}}")
-        return self
+    @field_validator(*OWNED_ELSEWHERE, mode="before")
+    @classmethod
+    def _owned_elsewhere(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        if value != cls.model_fields[name].default:
+            raise ValueError(f"cannot be set here: {{OWNED_ELSEWHERE[name]}}")
+        return value
 ''',
         encoding="utf-8",
     )

@@ -39,7 +39,8 @@ TRAIN = {
     "items": "desk lamps|notebooks|coffee mugs|office chairs|blue pens|travel bags|phone cases|wool scarves|"
     "garden tools|water bottles|picture frames|running shoes|tea pots|bath towels|wall clocks|leather belts|"
     "kitchen knives|paper boxes|winter coats|board games",
-    "cities": "Lyon|Oslo|Porto|Vienna|Krakow|Seville|Ghent|Turin|Malmo|Leipzig|Graz|Bergen|Nantes|Bilbao|Basel|Tartu",
+    "cities": "Lyon|Oslo|Porto|Vienna|Krakow|Seville|Ghent|Turin|Malmo|Leipzig|Graz|Bergen|Nantes|Bilbao|"
+    "Basel|Tartu",
 }
 EVAL = {
     "rows": 60,
@@ -52,7 +53,8 @@ EVAL = {
     ],
     "first": "Tobias Ursula Viktor Wanda Yvonne Zoltan Amelie Boris Clara Dario",
     "last": "Olsen Petrov Quint Rossi Schmidt Torres Urban Vogel Weber Zimmer",
-    "items": "umbrellas|silk ties|candle holders|hiking boots|cotton shirts|soup bowls|desk fans|yoga mats|key rings",
+    "items": "umbrellas|silk ties|candle holders|hiking boots|cotton shirts|soup bowls|desk fans|"
+    "yoga mats|key rings",
     "cities": "Utrecht|Zagreb|Cork|Aarhus|Ljubljana|Verona|Tampere|Geneva|Riga",
 }
 

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from qhybrid.errors import RecipeError
 from qhybrid.recipe.aliases import translate
 from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.shipped import find_shipped, shipped_names
-from qhybrid.recipe.yaml_source import MAX_BYTES, Source, parse_value, parse_yaml
+from qhybrid.recipe.yaml_source import MAX_BYTES, Source, dump_yaml, parse_value, parse_yaml
 from qhybrid.recipe.yaml_source import Path as KeyPath
 
 OVERRIDE = "command line"
@@ -92,7 +91,7 @@ def dump_recipe(recipe: Recipe) -> str:
         for key, value in values["training"].items()
         if value != training.model_fields[key].default or key not in _owned()
     }
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return dump_yaml(values)
 
 
 def _owned() -> Iterable[str]:
@@ -243,6 +242,7 @@ def _describe(problem: dict[str, Any], path: KeyPath) -> tuple[str, str | None]:
     if kind == "value_error":
         return str(context.get("error", problem["msg"])), None
     message = problem["msg"].removeprefix("Input ").replace("Value error, ", "")
+    message = message.replace("tuple", "list").replace("Tuple", "the list").replace("dictionary", "mapping")
     if isinstance(given, (str, int, float)):
         message += f", not {given!r}"
     hint = None

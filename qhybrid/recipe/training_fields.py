@@ -1,14 +1,15 @@
 """Every field of trl's SFTConfig as a pydantic section. Generated: do not edit.
 
 Written by scripts/generate_training_fields.py from trl 1.16.0
-and transformers 5.23.0. Types, defaults and names are trl's own, except where a comment says why.
+and transformers 5.23.0. Names, types and defaults are trl's own, except where a comment says
+why.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 # Fields that are set elsewhere, and where.
 OWNED_ELSEWHERE = {
@@ -240,9 +241,10 @@ class TrainingSection(BaseModel):
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
 
-    @model_validator(mode="after")
-    def _owned_elsewhere(self) -> Self:
-        for name in sorted(self.model_fields_set & OWNED_ELSEWHERE.keys()):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} cannot be set here: {OWNED_ELSEWHERE[name]}")
-        return self
+    @field_validator(*OWNED_ELSEWHERE, mode="before")
+    @classmethod
+    def _owned_elsewhere(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        if value != cls.model_fields[name].default:
+            raise ValueError(f"cannot be set here: {OWNED_ELSEWHERE[name]}")
+        return value

@@ -74,15 +74,33 @@ def parse_value(text: str, name: str) -> Any:
     return _build(text, name, {})
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes text that this module would read as something else in quotes."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = None if isinstance(parse_scalar(value), str) and value.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """YAML that `parse_yaml` reads back to equal values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 @dataclass
 class _Open:
     """A mapping or a sequence that is still being read."""
 
-    container: dict[str, Any] | list[Any]
+    container: Any  # dict or list
     path: Path
     line: int
     anchor: str | None
     key: str | None = None
+    merged: dict[str, Any] = field(default_factory=dict)
     size: int = 1
 
 
@@ -92,7 +110,7 @@ def _build(text: str, name: str, lines: dict[Path, int]) -> Any:
     try:
         return _from_events(text, name, lines)
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        line = min(error.problem_mark.line, text.count("\n")) + 1 if error.problem_mark else 1
         raise RecipeError(
             f"not valid YAML: {error.problem or error.context}",
             where=f"{name}:{line}",
@@ -129,8 +147,7 @@ def _from_events(text: str, name: str, lines: dict[Path, int]) -> Any:
         if top.key == "<<":  # merge key: what stands here wins over what is merged
             if not isinstance(value, dict):
                 raise RecipeError("<< must name a mapping", where=f"{name}:{line}")
-            for key, merged in value.items():
-                top.container.setdefault(key, merged)
+            top.merged = {**value, **top.merged}
         else:
             top.container[top.key] = value
         top.key = None
@@ -149,10 +166,12 @@ def _from_events(text: str, name: str, lines: dict[Path, int]) -> Any:
                 raise RecipeError(f"nested deeper than {MAX_DEPTH} levels", where=here)
             path = _child_path(stack[-1] if stack else None, here)
             lines.setdefault(path, line)
-            container: dict[str, Any] | list[Any] = {} if isinstance(event, yaml.MappingStartEvent) else []
+            container: Any = {} if isinstance(event, yaml.MappingStartEvent) else []
             stack.append(_Open(container, path, line, event.anchor))
         elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
             closed = stack.pop()
+            for key, value in closed.merged.items():
+                closed.container.setdefault(key, value)  # only a mapping has merge keys
             if closed.anchor:
                 anchors[closed.anchor] = (closed.container, closed.size)
             place(closed.container, closed.size, closed.line)
@@ -172,7 +191,7 @@ def _from_events(text: str, name: str, lines: dict[Path, int]) -> Any:
             place(value, 1, line)
         if num_nodes > MAX_NODES:
             raise RecipeError(f"more than {MAX_NODES:,} values; aliases count each time", where=here)
-    return root[0] if root else {}
+    return root[0] if root else None
 
 
 def _child_path(parent: _Open | None, here: str) -> Path:

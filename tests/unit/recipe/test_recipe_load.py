@@ -1,0 +1,253 @@
+"""Recipes from text and overrides: right values, and errors with line, section and hint."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+import subprocess
+import sys
+
+import pytest
+
+from qhybrid.errors import RecipeError
+from qhybrid.recipe.load import dump_recipe, load_recipe, parse_recipe, resolve
+from qhybrid.recipe.schema import Recipe
+from qhybrid.recipe.shipped import find_shipped, shipped_names
+
+GOOD = """\
+model:
+  path: org/model
+adapters:
+  - layers: bottom
+    kind: lora+
+    rank: 8
+  - band: mid
+    layers: 30%-70%
+    kind: adalora
+    rank: 8
+data:
+  sources: rows.jsonl
+training:
+  learning_rate: 2e-4
+output_dir: out
+"""
+
+
+def error_of(text, overrides=()):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yaml", overrides)
+    return str(caught.value)
+
+
+def test_short_forms_and_defaults():
+    recipe, notices = parse_recipe(GOOD, "r.yaml")
+    assert notices == []
+    assert recipe.training.learning_rate == 0.0002
+    assert recipe.adapters[0].band == "bottom"
+    assert recipe.adapters[0].kind == "lora" and recipe.adapters[0].loraplus_lr_ratio == 4
+    assert recipe.data.sources[0].path == "rows.jsonl"
+    resolved = resolve(recipe)
+    assert resolved.adapters[0].alpha == 16 and resolved.adapters[1].adalora.init_rank == 12
+    assert resolved.model.adapter_dtype == "bfloat16"
+
+
+def test_the_resolved_recipe_reads_back_equal():
+    resolved = resolve(parse_recipe(GOOD, "r.yaml")[0])
+    again, notices = parse_recipe(dump_recipe(resolved), "resolved.yaml")
+    assert again == resolved and notices == []
+    assert resolve(again) == again
+
+
+def test_recipes_are_frozen():
+    recipe, _ = parse_recipe(GOOD, "r.yaml")
+    with pytest.raises(ValueError):
+        recipe.output_dir = "elsewhere"
+
+
+def test_overrides_by_section_band_and_number():
+    recipe, _ = parse_recipe(
+        GOOD,
+        "r.yaml",
+        ["training.learning_rate=1e-4", "adapters.mid.rank=4", "adapters.0.rank=2", "quantization.method=none"],
+    )
+    assert recipe.training.learning_rate == 0.0001
+    assert [band.rank for band in recipe.adapters] == [2, 4]
+    assert recipe.quantization.method == "none"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.learning_rate", "not an override"),
+        ("=3", "not an override"),
+        ("adapters.topp.rank=3", "mid"),
+        ("adapters.9.rank=3", "0 to 1"),
+        ("output_dir.x=3", "single value"),
+        ("training.learning_rte=3", "learning_rate"),
+        ("training.max_steps=ten", "command line"),
+        ("training.max_steps=[", "command line"),
+    ],
+)
+def test_bad_overrides(override, words):
+    text = error_of(GOOD, [override])
+    assert words in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("learning_rate: 2e-4", "learning_rte: 2e-4", 14, "learning_rate"),
+        ("learning_rate: 2e-4", 'learning_rate: "2e-4"', 14, "remove the quotes"),
+        ("learning_rate: 2e-4", "learning_rate: .nan", 14, "finite"),
+        ("learning_rate: 2e-4", "learning_rate: -1", 14, "greater than or equal to 0"),
+        ("learning_rate: 2e-4", "optim: adamw_torc", 14, "adamw_torch"),
+        ("learning_rate: 2e-4", "deepspeed: ds.json", 14, "distributed"),
+        ("learning_rate: 2e-4", "lora_rank: 8", 14, "unknown key"),
+        ("kind: lora+", "kind: lorra", 5, "did you mean 'lora'"),
+        ("rank: 8\n  - band", "rank: -8\n  - band", 6, "greater than or equal to 1"),
+        ("rank: 8\n  - band", "rank: 8.5\n  - band", 6, "integer"),
+        ("rank: 8\n  - band", "rank: true\n  - band", 6, "integer"),
+        ("path: org/model", "pth: org/model", 2, "did you mean 'path'"),
+        ("output_dir: out", "outptu_dir: out", 15, "did you mean 'output_dir'"),
+        ("output_dir: out", "", None, "output_dir: is missing"),
+        ("sources: rows.jsonl", "sources: []", 12, "at least 1"),
+        ("sources: rows.jsonl", "sources: 3", 12, "list"),
+        ("band: mid", "band: bottom", None, "two bands"),
+        ("band: mid", "band: a/b", 7, "pattern"),
+        ("kind: adalora", "kind: dora\n    dropout: 0.1", 7, "dropout 0"),
+        ("kind: adalora", "kind: lora\n    adalora: {init_rank: 9}", 7, "no effect"),
+        ("kind: adalora", "kind: adalora\n    init: gaussian", 7, "no effect"),
+        ("kind: adalora", "kind: adalora\n    adalora: {init_rank: 4}", 7, "below the target rank"),
+    ],
+)  # fmt: skip
+def test_errors_name_line_and_remedy(old, new, line, words):
+    assert old in GOOD
+    text = error_of(GOOD.replace(old, new, 1))
+    assert words in text, text
+    if line is not None:
+        assert f"r.yaml:{line}: " in text, text
+
+
+def test_all_problems_are_told_at_once():
+    text = error_of(GOOD.replace("kind: lora+", "knd: lora").replace("learning_rate", "learning_rte"))
+    assert "r.yaml:5" in text and "r.yaml:14" in text
+
+
+def test_one_letter_typos_are_refused_and_hinted():
+    """100 of 100 refused, at least 90 with the right name in the message."""
+    generator = random.Random(0)
+    sections = {name: list(field.annotation.model_fields) for name, field in Recipe.model_fields.items()
+                if name in ("model", "training", "quantization", "memory")}  # fmt: skip
+    refused = hinted = 0
+    for _ in range(100):
+        section = generator.choice(sorted(sections))
+        key = generator.choice(sections[section])
+        place = generator.randrange(len(key))
+        typo = key[:place] + generator.choice(string.ascii_lowercase) + key[place + 1 :]
+        if typo in sections[section]:
+            typo = key + "x"
+        values = {**json.loads(json.dumps({"model": {"path": "x"}, "adapters": [{}], "data": {"sources": "a"}})),
+                  "output_dir": "o"}  # fmt: skip
+        values.setdefault(section, {})[typo] = 1
+        try:
+            parse_recipe(json.dumps(values), "r")
+        except RecipeError as error:
+            refused += 1
+            hinted += repr(key) in str(error)
+    assert refused == 100
+    assert hinted >= 90
+
+
+FOREIGN = """\
+base_model: org/model
+load_in_4bit: true
+adapter: qlora
+lora_r: 16
+lora_alpha: 32
+lora_target_modules: [q_proj, v_proj]
+lora_dropout: 0.05
+sequence_len: 512
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 1
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 2e-4
+bf16: true
+sample_packing: true
+val_set_size: 0.1
+datasets:
+  - path: rows.jsonl
+    type: alpaca
+output_dir: out
+"""
+
+
+def test_an_axolotl_config_is_read_with_notices():
+    recipe, notices = parse_recipe(FOREIGN, "axolotl.yaml")
+    band = recipe.adapters[0]
+    assert (band.rank, band.alpha, band.dropout) == (16, 32, 0.05)
+    assert band.target_modules == ("q_proj", "v_proj")
+    assert recipe.training.per_device_train_batch_size == 2 and recipe.training.max_length == 512
+    assert recipe.training.packing and recipe.training.optim == "adamw_bnb_8bit"
+    assert recipe.data.sources[0].format == "alpaca" and recipe.data.eval_fraction == 0.1
+    assert "axolotl.yaml:9: micro_batch_size is read as training.per_device_train_batch_size" in notices
+
+
+def test_a_llama_factory_config_is_read():
+    recipe, _ = parse_recipe(
+        "model_name_or_path: org/model\nstage: sft\ndo_train: true\nfinetuning_type: lora\nquantization_bit: 4\n"
+        "lora_rank: 8\nlora_target: all\nuse_dora: true\ndataset: rows.json\ncutoff_len: 256\nval_size: 0.1\n"
+        "output_dir: out\nper_device_train_batch_size: 1\n",
+        "lf.yaml",
+    )
+    assert recipe.adapters[0].kind == "dora" and recipe.adapters[0].target_modules == ("all",)
+    assert recipe.training.max_length == 256 and recipe.quantization.method == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("load_in_8bit: true", "load_in_8bit"),
+        ("quantization_bit: 8", "8 bits"),
+        ("stage: dpo", "stage"),
+        ("template: llama3", "chat template"),
+        ("lora_rank: eight", "adapters.0.rank"),
+        ("cutoff_len: long", "training.max_length"),
+    ],
+)
+def test_foreign_settings_that_we_cannot_do(line, words):
+    text = error_of(f"base_model: x\ndata: {{sources: a}}\noutput_dir: o\n{line}\n")
+    assert words in text and "r.yaml:4" in text
+
+
+def test_contradictions_between_two_names_are_refused():
+    assert "different things" in error_of(GOOD + "base_model: other\n")
+
+
+def test_missing_files_suggest_the_nearest(tmp_path):
+    (tmp_path / "train.yaml").write_text(GOOD)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(tmp_path / "trian.yaml"))
+    assert "train.yaml" in str(caught.value)
+    (tmp_path / "binary.yaml").write_bytes(b"a: 1\nb: \xff\xfe")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(tmp_path / "binary.yaml"))
+    assert "binary.yaml:2" in str(caught.value)
+    with pytest.raises(RecipeError):
+        load_recipe(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_shipped_recipes_are_valid_without_notices(name):
+    loaded = load_recipe(str(find_shipped(name)))
+    assert loaded.notices == ()
+
+
+def test_the_recipe_floors_import_no_torch():
+    code = (
+        "import sys, qhybrid.recipe.load, qhybrid.architecture.bands, qhybrid.cli.main, qhybrid.cli.recipes;"
+        "print([m for m in ('torch', 'transformers', 'peft', 'trl', 'bitsandbytes') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

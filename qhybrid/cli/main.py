@@ -86,7 +86,10 @@ def quiet_libraries() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, warns that it guessed
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "DeepSpeed", "deepspeed", "peft", "trl", "accelerate", "datasets", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)

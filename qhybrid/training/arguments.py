@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from trl import SFTConfig
 
 from qhybrid.errors import RecipeError
@@ -25,6 +26,8 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     }
     if training.bf16 is None:
         values["bf16"] = recipe.model.dtype == "bfloat16" and not training.fp16
+    if not torch.cuda.is_available():
+        values["use_cpu"] = True  # transformers wants it said before it trains in bf16 on a CPU
     if training.early_stopping_patience is not None and training.metric_for_best_model is None:
         values["metric_for_best_model"] = "eval_loss"
     values |= {
@@ -34,7 +37,6 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting after a resume
         # The data comes tokenised, with its labels and in the right template.
         "chat_template_path": None,
-        "eos_token": None,
         "assistant_only_loss": False,
         "completion_only_loss": None,
     }

@@ -72,8 +72,6 @@ def run_sft(
         return SftResult(run, (run.status or {}).get("figures", {}))
 
     tokenizer = load_tokenizer(recipe.model)
-    if recipe.training.eos_token:
-        tokenizer.eos_token = recipe.training.eos_token
     data = prepare_data(recipe, tokenizer, base_folder=loaded.folder)
     begin(run, recipe)
     write_atomically(run.layout_file, layout.to_json())

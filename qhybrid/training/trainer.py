@@ -24,6 +24,7 @@ from qhybrid.adapters.dora import hold_norms
 from qhybrid.adapters.folder import load_weights, save_weights
 from qhybrid.adapters.parameter_groups import parameter_groups
 from qhybrid.architecture.layout import Layout
+from qhybrid.data.tokenize import has_trained_token
 from qhybrid.errors import NonFiniteError, RecipeError
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.checkpoint import prune, seal
@@ -50,6 +51,13 @@ class BandedTrainer(SFTTrainer):
         }
         with keep_adapter_values(model):
             super().__init__(model=model, **kwargs)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """trl's packing of the tokenised rows; a pack that was cut out of prompts alone is left out."""
+        prepared = super()._prepare_dataset(
+            dataset, processing_class, args, packing, formatting_func, dataset_name
+        )
+        return prepared.filter(lambda row: has_trained_token(row["labels"])) if packing else prepared
 
     # ---- optimizer ----
 

@@ -1,0 +1,141 @@
+"""`qhybrid eval`: loss, perplexity and exact match on a data file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from qhybrid.errors import DataError, ModelError
+
+
+@click.command("eval")
+@click.argument("data", type=click.Path())
+@click.option("--model", help="The base model: a folder, a hub id, a GGUF file or package:NAME/FILE.")
+@click.option("--adapter", type=click.Path(), help="An adapter folder (or a run folder); names its own base.")
+@click.option(
+    "--quantization", type=click.Choice(["nf4", "none"]), help="Of the base model; nf4 unless the adapter says."
+)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of the base model.")
+@click.option("--format", "row_format", default="auto", show_default=True, help="The format of the rows.")
+@click.option("--columns", multiple=True, metavar="OURS=THEIRS", help="Map a column, as in prompt=question.")
+@click.option("--chat-template", help="chatml, alpaca or a .jinja file; the model's own by default.")
+@click.option("--limit", type=click.IntRange(1), help="The first rows only.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--no-generation", is_flag=True, help="Loss and perplexity only.")
+@click.option("--predictions", type=click.Path(), help="Write prompt, expected and generated text as JSON lines.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def command(
+    data: str,
+    model: str | None,
+    adapter: str | None,
+    quantization: str | None,
+    dtype: str | None,
+    row_format: str,
+    columns: tuple[str, ...],
+    chat_template: str | None,
+    limit: int | None,
+    batch_size: int,
+    max_new_tokens: int,
+    no_generation: bool,
+    predictions: str | None,
+    as_json: bool,
+) -> None:
+    """Score a base model (--model) or an adapter (--adapter) on the rows of DATA.
+
+    Loss and perplexity are over the answers' tokens. Exact match is the share of rows for which greedy
+    generation gives the answer's text exactly.
+    """
+    source = _source(data, row_format, columns, limit)
+    if model is None and adapter is None:
+        raise ModelError("nothing to evaluate", hint="give --model or --adapter")
+    if adapter is not None and (quantization or dtype):
+        raise ModelError(
+            "an adapter knows its quantization and dtype", hint="leave --quantization and --dtype out"
+        )
+    if predictions and Path(predictions).exists():
+        raise DataError(f"{predictions} exists already", hint="choose another name; nothing was changed")
+
+    from qhybrid.cli.main import quiet_libraries
+
+    quiet_libraries()
+    from rich.console import Console
+
+    from qhybrid.data.prepare import prepare_file
+    from qhybrid.evaluation.evaluate import Row, evaluate
+    from qhybrid.evaluation.models import load_adapter_for_inference, load_base_for_inference
+    from qhybrid.recipe.schema import ModelSection, QuantizationSection
+
+    console = Console(stderr=True)
+    if adapter is not None:
+        folder = Path(adapter)
+        folder = folder / "adapter" if (folder / "run.json").is_file() else folder
+        loaded, tokenizer = load_adapter_for_inference(folder, model)
+    else:
+        section = ModelSection.model_validate({"path": model, "dtype": dtype or "bfloat16"})
+        nf4 = QuantizationSection.model_validate({"method": quantization or "nf4"})
+        loaded, tokenizer = load_base_for_inference(section, nf4)
+    prepared, audit = prepare_file(source, tokenizer, chat_template=chat_template, base_folder=Path())
+    rows = [Row(row.input_ids.tolist(), row.labels.tolist()) for row in prepared]
+    if audit.dropped:
+        console.print(f"note: {audit.dropped} of {audit.rows_in} rows cannot be used", highlight=False)
+
+    with console.status("scoring") as status:
+        scores = evaluate(
+            loaded,
+            tokenizer,
+            rows,
+            batch_size=batch_size,
+            max_new_tokens=None if no_generation else max_new_tokens,
+            progress=lambda name, done: status.update(f"{name}: {done} of {len(rows)} rows"),
+        )
+    if predictions:
+        lines = [
+            {"prompt": a.prompt, "expected": a.expected, "generated": a.generated, "exact": a.is_exact}
+            for a in scores.answers
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        Path(predictions).write_text(text, encoding="utf-8")
+    figures = {
+        "rows": scores.num_rows,
+        "tokens": scores.num_tokens,
+        "loss": scores.loss,
+        "perplexity": scores.perplexity,
+        "exact_match": scores.exact_match,
+        "answers": len(scores.answers),
+    }
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
+    click.echo(f"rows          {scores.num_rows} ({scores.num_tokens:,} scored tokens)")
+    click.echo(f"loss          {scores.loss:.4f}")
+    click.echo(f"perplexity    {scores.perplexity:.3f}")
+    if scores.exact_match is not None:
+        right = sum(answer.is_exact for answer in scores.answers)
+        click.echo(f"exact match   {scores.exact_match:.1%} ({right} of {len(scores.answers)})")
+    elif not no_generation:
+        click.echo("exact match   not measured: the rows have no prompt")
+
+
+def _source(data: str, row_format: str, columns: tuple[str, ...], limit: int | None):
+    from pydantic import ValidationError
+
+    from qhybrid.recipe.schema import SourceSection
+
+    pairs = {}
+    for column in columns:
+        ours, separator, theirs = column.partition("=")
+        if not separator:
+            raise DataError(
+                f"--columns {column!r} is not of the form OURS=THEIRS", hint="for example prompt=question"
+            )
+        pairs[ours] = theirs
+    try:
+        return SourceSection.model_validate({"path": data, "format": row_format, "columns": pairs, "limit": limit})
+    except ValidationError:
+        raise DataError(
+            f"--format {row_format!r} is not known",
+            hint="auto, text, prompt_completion, messages, alpaca or sharegpt",
+        ) from None

@@ -1,0 +1,178 @@
+"""Loss, perplexity and exact match over tokenised rows."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qhybrid.adapters.dora import hold_norms
+
+IGNORED = -100
+_LOGIT_BYTES = 2**29  # logits (batch, tokens, vocabulary) in fp32 are kept below this
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised row. Labels are -100 where nothing is scored."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def answer_start(self) -> int:
+        """Where the last scored run of tokens begins: the answer that generation must give."""
+        last = max((i for i, label in enumerate(self.labels) if label != IGNORED), default=-1)
+        while last >= 0 and self.labels[last] != IGNORED:
+            last -= 1
+        return last + 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model generated for one row, and what the row says."""
+
+    prompt: str
+    expected: str
+    generated: str
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether both are the same text, blanks at the ends aside."""
+        return self.generated.strip() == self.expected.strip()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The result: figures over all rows, and each row's answer when answers were generated."""
+
+    num_rows: int
+    num_tokens: int  # scored ones
+    loss: float  # mean cross-entropy of a scored token, in nats
+    exact_match: float | None  # share of rows; None without generation
+    answers: tuple[Answer, ...] = ()
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700))
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    max_new_tokens: int | None,
+    progress: Callable[[str, int], None] = lambda name, done: None,
+) -> Scores:
+    """Score `rows`, and answer them greedily unless `max_new_tokens` is None.
+
+    Rows that are scored from their first token on have no prompt; they are left out of exact match.
+    """
+    with torch.no_grad(), hold_norms(model), _evaluation_mode(model):
+        total, num_tokens, done = 0.0, 0, 0
+        for batch in _batches(rows, batch_size, tokens=lambda row: len(row.input_ids), model=model):
+            batch_loss, batch_tokens = _cross_entropy(model, batch)
+            total, num_tokens, done = total + batch_loss, num_tokens + batch_tokens, done + len(batch)
+            progress("loss", done)
+        answers: dict[int, Answer] = {}
+        if max_new_tokens is not None:
+            asked = [(i, row) for i, row in enumerate(rows) if row.answer_start > 1]
+            asked.sort(key=lambda pair: pair[1].answer_start)  # little padding
+            for start in range(0, len(asked), batch_size):
+                batch = asked[start : start + batch_size]
+                generated = _generate(model, tokenizer, [row for _, row in batch], max_new_tokens)
+                answers |= {i: answer for (i, _), answer in zip(batch, generated, strict=True)}
+                progress("answers", start + len(batch))
+    ordered = tuple(answers[i] for i in sorted(answers))
+    exact = sum(answer.is_exact for answer in ordered) / len(ordered) if ordered else None
+    return Scores(len(rows), num_tokens, total / max(1, num_tokens), exact, ordered)
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _batches(
+    rows: Sequence[Row], batch_size: int, *, tokens: Callable[[Row], int], model: PreTrainedModel
+) -> Iterator[list[Row]]:
+    """Rows by length, in batches whose logits stay within bounds."""
+    vocabulary = model.config.get_text_config().vocab_size
+    batch: list[Row] = []
+    for row in sorted(rows, key=tokens):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * tokens(row) * vocabulary * 4 > _LOGIT_BYTES):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _cross_entropy(model: PreTrainedModel, batch: Sequence[Row]) -> tuple[float, int]:
+    """The summed cross-entropy of a batch in nats, and the number of scored tokens."""
+    longest = max(len(row.input_ids) for row in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    labels = torch.full((len(batch), longest), IGNORED)
+    mask = torch.zeros(len(batch), longest, dtype=torch.long)
+    for i, row in enumerate(batch):
+        n = len(row.input_ids)
+        ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row.input_ids), torch.tensor(row.labels), 1
+    device = model.device
+    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    targets = labels[:, 1:].to(device)
+    scored = targets != IGNORED
+    loss = F.cross_entropy(logits[:, :-1][scored].float(), targets[scored], reduction="sum")
+    return loss.item(), int(scored.sum())
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Row], max_new_tokens: int
+) -> list[Answer]:
+    """Greedy answers to the prompts of a batch, padded on the left."""
+    prompts = [row.input_ids[: row.answer_start] for row in batch]
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.full((len(batch), longest), pad)
+    mask = torch.zeros(len(batch), longest, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        ids[i, longest - len(prompt) :], mask[i, longest - len(prompt) :] = torch.tensor(prompt), 1
+    stops = {tokenizer.eos_token_id}
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    stops |= set(configured if isinstance(configured, list) else [configured])
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=pad,
+        eos_token_id=sorted(token for token in stops if token is not None),
+    )
+
+    def text(tokens: Sequence[int]) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+
+    return [
+        Answer(
+            prompt=tokenizer.decode(prompt),
+            expected=text([token for token in row.labels[row.answer_start :] if token != IGNORED]),
+            generated=text(produced[longest:].tolist()),
+        )
+        for row, prompt, produced in zip(batch, prompts, output, strict=True)
+    ]

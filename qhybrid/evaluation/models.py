@@ -1,0 +1,57 @@
+"""Loads what is to be evaluated: a base model, or an adapter on the base it was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qhybrid.adapters.attach import attach
+from qhybrid.adapters.folder import load_weights, read_adapter
+from qhybrid.base.load import keep_exact_on_cpu, load_base
+from qhybrid.base.tokenizer import load_tokenizer
+from qhybrid.recipe.schema import ModelSection, QuantizationSection
+
+
+def load_base_for_inference(
+    model: ModelSection, quantization: QuantizationSection
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model and its tokenizer, computing exactly as in training."""
+    loaded = load_base(model, quantization)
+    keep_exact_on_cpu(loaded)
+    return loaded, load_tokenizer(model)
+
+
+def load_adapter_for_inference(
+    folder: Path, base: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An adapter on its base model, and the tokenizer with the chat template that it was trained with.
+
+    Args:
+        folder: an adapter folder of qhybrid.
+        base: where the base model lies, if not where the adapter says.
+
+    Raises:
+        AdapterError: not an adapter, or its tensors do not fit its layout.
+        ModelError: the base model cannot be loaded, or lacks modules of the layout.
+    """
+    layout, info = read_adapter(folder)
+    section = ModelSection.model_validate(
+        {
+            "path": base or info.base_model,
+            "revision": None if base else info.base_revision,
+            "dtype": info.dtype,
+            "adapter_dtype": info.adapter_dtype,
+        }
+    )
+    quantization = QuantizationSection.model_validate(
+        {"method": info.quantization, "double_quant": info.double_quant}
+    )
+    model = attach(load_base(section, quantization), layout, dtype=getattr(torch, info.adapter_dtype))
+    load_weights(model, layout, folder)
+    model.requires_grad_(False)
+    tokenizer = load_tokenizer(section)
+    if info.chat_template:
+        tokenizer.chat_template = info.chat_template
+    return model.eval(), tokenizer

@@ -26,3 +26,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA with a chat tokenizer, saved once for all tests."""
+    from helpers import tiny_folder
+
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet() -> None:
+    """As on the command line: no progress bars and notices of the libraries."""
+    from qhybrid.cli.main import quiet_libraries
+
+    quiet_libraries()

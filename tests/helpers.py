@@ -7,12 +7,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import spec_from_config
-from qhybrid.recipe.load import parse_recipe
+from qhybrid.data.templates import CHATML
+from qhybrid.recipe.load import LoadedRecipe, parse_recipe
 from qhybrid.recipe.schema import Recipe
+
+SENTENCES = [
+    "A cat sat on the mat, and the dog looked at it.",
+    "How many apples are left? Three apples are left in the basket.",
+    "Name the largest planet. Jupiter is the largest planet of them all!",
+    "user assistant system question answer turn row number reply word",
+    "The river runs to the sea; 0 1 2 3 4 5 6 7 8 9 10 and so on.",
+]
+
+
+def build_tokenizer(*, chat_template: str | None = CHATML, adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of some 400 tokens, trained on a few sentences."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|pad|>", "<s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES * 20, trainer)
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
+    wrapped.chat_template = chat_template
+    return wrapped
+
 
 TINY = {
     "model_type": "llama",
@@ -76,3 +109,62 @@ def randomize_adapters(model, seed: int = 1, scale: float = 0.05) -> None:
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator) * scale
                 parameter.add_(noise.to(parameter.dtype))
+
+
+def tiny_folder(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A model folder as a user has it: a tiny LLaMA in safetensors form with a small chat tokenizer."""
+    tokenizer = build_tokenizer()
+    model = tiny_model(
+        dtype=dtype, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=3, pad_token_id=0, **changes
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chat_rows(number: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows in alpaca form of different lengths."""
+    import random
+
+    generator = random.Random(seed)
+    rows = []
+    for _ in range(number):
+        count = generator.randint(1, 9)
+        thing = generator.choice(["apples", "rows", "cats", "numbers", "words", "rivers and planets"])
+        rows.append(
+            {
+                "instruction": f"How many {thing} are left?" + " Name them!" * generator.randint(0, 2),
+                "output": f"{count} {thing} are left" + ", and so on" * generator.randint(0, 2) + ".",
+            }
+        )
+    return rows
+
+
+def run_recipe(
+    folder: Path, model_folder: Path, *, rows: int = 32, eval_rows: int = 8, **sections: Any
+) -> LoadedRecipe:
+    """A recipe for a quick fp32 run of the three bands on `model_folder`, its data and output below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "train.jsonl", chat_rows(rows))
+    write_rows(folder / "eval.jsonl", chat_rows(eval_rows, seed=99))
+    training = {
+        "max_steps": 10,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "gradient_checkpointing": False,
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "max_length": 64,
+        "seed": 0,
+        **sections.pop("training", {}),
+    }
+    recipe = make_recipe(
+        **{
+            "model": {"path": str(model_folder), "dtype": "float32"},
+            "data": {"sources": str(folder / "train.jsonl"), "eval_sources": str(folder / "eval.jsonl")},
+            "training": training,
+            "output_dir": str(folder / "run"),
+            **sections,
+        }
+    )
+    return LoadedRecipe(recipe, folder / "recipe.yaml")

@@ -183,9 +183,7 @@ def test_any_schedule_falls_from_start_to_target(total, warmup, final, start, da
     target = data.draw(st.integers(1, start))
     section = AdaLoraSection(warmup=warmup, final=final)
     try:
-        plan = BudgetSchedule.plan(
-            section, band="b", total_steps=total, init_budget=start, target_budget=target
-        )
+        plan = BudgetSchedule.plan(section, band="b", total_steps=total, init_budget=start, target_budget=target)
     except RecipeError as error:
         assert "'b'" in str(error) and error.hint
         return

@@ -6,41 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from helpers import build_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from qhybrid.data import PreparedData, prepare_data
-from qhybrid.data.templates import CHATML
 from qhybrid.recipe.schema import Recipe
-
-SENTENCES = [
-    "A cat sat on the mat, and the dog looked at it.",
-    "How many apples are left? Three apples are left in the basket.",
-    "Name the largest planet. Jupiter is the largest planet of them all!",
-    "user assistant system question answer turn row number reply word",
-    "The river runs to the sea; 0 1 2 3 4 5 6 7 8 9 10 and so on.",
-]
-
-
-def build_tokenizer(*, chat_template: str | None = CHATML, adds_bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of some 400 tokens, trained on a few sentences."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|pad|>", "<s>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES * 20, trainer)
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|pad|>"
-    )
-    wrapped.chat_template = chat_template
-    return wrapped
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,47 @@
+"""Loads the tokenizer of the base model, with a padding token and right padding."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qhybrid.base.locate import tokenizer_folder
+from qhybrid.errors import ModelError
+from qhybrid.recipe.schema import ModelSection
+
+# Tokens that models carry for padding, or that no text of theirs contains. Tried in this order.
+_PADDING_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "<unk>")
+
+_VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+_TAKE_ANOTHER = "model.tokenizer names another folder or hub id to take the tokenizer from"
+
+
+def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+    """Load `model.tokenizer`, or the tokenizer that comes with the model.
+
+    A tokenizer without a padding token gets one that its vocabulary already has, so the embeddings keep
+    their size: a token made for padding, else `<unk>`, else the end-of-sequence token.
+
+    Raises:
+        ModelError: there is no tokenizer, it needs code of its own, or no token can serve as padding.
+    """
+    folder = tokenizer_folder(model)
+    written = model.tokenizer or model.path
+    # Without this, transformers makes up an empty tokenizer from the name of a class.
+    if not any(next(folder.glob(pattern), None) for pattern in _VOCABULARY_FILES):
+        raise ModelError(f"{written} has no tokenizer", hint=_TAKE_ANOTHER)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # each tokenizer class raises what it likes
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"the tokenizer of {written} cannot be loaded: {reason}", hint=_TAKE_ANOTHER) from error
+    if tokenizer.pad_token is None:
+        vocabulary = tokenizer.get_vocab()
+        found = [token for token in _PADDING_CANDIDATES if token in vocabulary]
+        tokenizer.pad_token = found[0] if found else tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(
+            f"the tokenizer of {written} has no padding token and no end-of-sequence token",
+            hint="set pad_token in its tokenizer_config.json",
+        )
+    tokenizer.padding_side = "right"
+    return tokenizer

@@ -17,7 +17,7 @@ INSTRUCTION = "Extract the order as JSON with the keys customer, item, quantity 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
 TRAIN = {
-    "rows": 360,
+    "rows": 320,
     "forms": [
         "{customer} from {city} ordered {quantity} {item}.",
         "Please send {quantity} {item} to {customer} in {city}.",
@@ -33,14 +33,32 @@ TRAIN = {
         "The shop in {city} sold {quantity} {item} to {customer} this morning.",
         "On Monday {customer} paid for {quantity} {item} and gave {city} as the address.",
         "Add {quantity} {item} to the order of {customer} ({city}).",
+        "New order. City: {city}. Customer: {customer}. Goods: {quantity} {item}.",
+        "Is it possible to bring {quantity} {item} to {city}? They are for {customer}.",
+        "From {city} comes an order of {customer}: {quantity} {item}.",
+        "We promised {customer} that {quantity} {item} will be in {city} next week.",
+        "{quantity} {item}, please, to {city}. Signed: {customer}.",
+        "The invoice names {customer} of {city} and lists {quantity} {item}.",
+        "{customer}, {quantity} {item}, {city}.",
+        "Someone called {customer} wants {quantity} {item}; the place is {city}.",
+        "Yesterday {quantity} {item} left for {city}, where {customer} will collect them.",
+        "{city} again: this time {customer} takes {quantity} {item}.",
     ],
-    "first": "Anna Bruno Carla David Elena Felix Greta Hugo Irene Jonas Karin Leo Maria Nils Olga Paul Rosa Simon",
-    "last": "Adler Brandt Castillo Dubois Eriksson Fischer Garcia Hansen Ivanova Jansen Keller Lopez Moreau Novak",
+    "first": "Anna Bruno Carla David Elena Felix Greta Hugo Irene Jonas Karin Leo Maria Nils Olga Paul Rosa Simon "
+    "Adele Bastian Chiara Dmitri Edith Fabio Gerda Harald Ines Jakob Katja Lorenzo Mikael Nadia Oscar Petra "
+    "Rafael Sofia Thomas Valeria Xavier Pilar Henrik Giulia Emil Dagmar Cornelius Beatrix Anton Lucia",
+    "last": "Adler Brandt Castillo Dubois Eriksson Fischer Garcia Hansen Ivanova Jansen Keller Lopez Moreau Novak "
+    "Almeida Bergman Conti Delgado Engel Fontaine Greco Holm Iglesias Jung Kovacs Lindqvist Marino Nielsen Orlov "
+    "Pereira Ricci Santos Tanaka Ullmann Vidal Winter Yilmaz Zanetti Becker Costa Duarte Ferrari Haas Klein",
     "items": "desk lamps|notebooks|coffee mugs|office chairs|blue pens|travel bags|phone cases|wool scarves|"
     "garden tools|water bottles|picture frames|running shoes|tea pots|bath towels|wall clocks|leather belts|"
-    "kitchen knives|paper boxes|winter coats|board games",
-    "cities": "Lyon|Oslo|Porto|Vienna|Krakow|Seville|Ghent|Turin|Malmo|Leipzig|Graz|Bergen|Nantes|Bilbao|"
-    "Basel|Tartu",
+    "kitchen knives|paper boxes|winter coats|board games|glass vases|bike helmets|door mats|hair brushes|"
+    "sun hats|wooden spoons|alarm clocks|flower pots|pillow covers|tennis balls|rain jackets|salad forks|"
+    "camping tents|guitar strings|face masks|oven gloves|steel pans|linen sheets|toy trains|postcards|"
+    "bicycles|candles|curtains|ladders|hammers|violins|blankets|sandals|mirrors|helmets|baskets|carpets",
+    "cities": "Lyon|Oslo|Porto|Vienna|Krakow|Seville|Ghent|Turin|Malmo|Leipzig|Graz|Bergen|Nantes|Bilbao|Basel|"
+    "Tartu|Lisbon|Bordeaux|Gdansk|Florence|Valencia|Antwerp|Odense|Salzburg|Dublin|Split|Naples|Bremen|Lille|"
+    "Granada|Uppsala|Brno|Patras|Lausanne|Rotterdam|Cadiz|Trieste|Turku|Vilnius|Coimbra",
 }
 EVAL = {
     "rows": 60,
@@ -53,8 +71,8 @@ EVAL = {
     ],
     "first": "Tobias Ursula Viktor Wanda Yvonne Zoltan Amelie Boris Clara Dario",
     "last": "Olsen Petrov Quint Rossi Schmidt Torres Urban Vogel Weber Zimmer",
-    "items": "umbrellas|silk ties|candle holders|hiking boots|cotton shirts|soup bowls|desk fans|"
-    "yoga mats|key rings",
+    "items": "umbrellas|silk ties|candle holders|hiking boots|cotton shirts|soup bowls|desk fans|yoga mats|"
+    "key rings",
     "cities": "Utrecht|Zagreb|Cork|Aarhus|Ljubljana|Verona|Tampere|Geneva|Riga",
 }
 

@@ -66,6 +66,8 @@ _SEPARATE: dict[str, tuple[tuple[str | bool, str | bool], str | bool]] = {
     "smollm3": (("attention_bias", "attention_bias"), "mlp_bias"),
 }
 _FUSED = ("phi3",)
+# What all of them share: plain linear layers, nothing kept in fp32, and checkpoints with the model's own tensor
+# names. tests/integration/test_base_load.py holds each one's NF4 load bit-equal to transformers'.
 SUPPORTED_MODEL_TYPES = tuple(sorted([*_SEPARATE, *_FUSED]))
 _DEFAULT_HEAD_DIM = {"gemma": 256, "gemma2": 256, "qwen3": 128}
 

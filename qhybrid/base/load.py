@@ -27,28 +27,12 @@ from transformers.monkey_patching import patch_output_recorders
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from qhybrid.architecture.spec import SUPPORTED_MODEL_TYPES
 from qhybrid.base.locate import model_folder, weight_files
 from qhybrid.base.nf4 import fill_linear4bit
 from qhybrid.base.safetensors_reader import SafetensorsReader
 from qhybrid.errors import ModelError
 from qhybrid.recipe.schema import ModelSection, QuantizationSection
-
-# Families whose NF4 load is tested to be bit-equal to transformers'. All have plain linear layers, no
-# modules that stay in fp32, and checkpoints whose tensor names are the model's own.
-SUPPORTED_MODEL_TYPES = frozenset(
-    {
-        "gemma",
-        "gemma2",
-        "granite",
-        "llama",
-        "mistral",
-        "olmo2",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "smollm3",
-    }
-)
 
 _NAMES_SHOWN = 4  # tensors listed per fault
 
@@ -148,7 +132,7 @@ def _check_family(model_type: Any, path: Path, *, has_own_code: bool = False) ->
         )
     raise ModelError(
         f"{path} is of the type {model_type!r}, which is not supported",
-        hint=f"supported are {', '.join(sorted(SUPPORTED_MODEL_TYPES))}",
+        hint=f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}",
     )
 
 

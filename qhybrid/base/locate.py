@@ -110,7 +110,21 @@ def _shard_names(index: Path) -> list[str]:
     return sorted(names)
 
 
+def find_local(model: ModelSection) -> ModelFiles | None:
+    """As `locate`, but None where the model is on the hub: nothing is downloaded.
+
+    Raises:
+        ModelError: as `locate`.
+    """
+    return _find_local(model.path, model.revision, tokenizer_only=False)
+
+
 def _locate(path: str, revision: str | None, *, tokenizer_only: bool) -> ModelFiles:
+    found = _find_local(path, revision, tokenizer_only=tokenizer_only)
+    return found or _classify(_download(path, revision, tokenizer_only), path, tokenizer_only)
+
+
+def _find_local(path: str, revision: str | None, *, tokenizer_only: bool) -> ModelFiles | None:
     is_package = path.startswith(PACKAGE_PREFIX)
     try:
         local = _package_file(path) if is_package else Path(path).expanduser()
@@ -126,7 +140,7 @@ def _locate(path: str, revision: str | None, *, tokenizer_only: bool) -> ModelFi
         return _classify(local, path, tokenizer_only)
     if is_package or _looks_local(path):
         raise ModelError(f"there is no {path}", hint="give a folder, a .gguf file, package:NAME/FILE or a hub id")
-    return _classify(_download(path, revision, tokenizer_only), path, tokenizer_only)
+    return None
 
 
 def _as_folder(files: ModelFiles) -> Path:

@@ -23,7 +23,11 @@ def command(recipe: str, overrides: tuple[str, ...], resume: str | None, overwri
         click.echo(f"note: {notice}")
 
     from qhybrid.cli.main import quiet_libraries
+    from qhybrid.recipe.load import resolve
+    from qhybrid.training.preflight import preflight
 
+    going_on = resume == "auto"
+    preflight(resolve(loaded.recipe), base_folder=loaded.folder, resume=going_on, overwrite=overwrite)
     quiet_libraries()
     from rich.console import Console
     from rich.table import Table
@@ -31,7 +35,7 @@ def command(recipe: str, overrides: tuple[str, ...], resume: str | None, overwri
     from qhybrid.training.sft import run_sft, summary_rows
 
     console = Console()
-    result = run_sft(loaded, resume=resume == "auto", overwrite=overwrite, console=console)
+    result = run_sft(loaded, resume=going_on, overwrite=overwrite, console=console)
     if not result.figures:
         return
     table = Table(show_header=False, box=None)

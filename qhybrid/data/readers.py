@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 
@@ -51,6 +50,13 @@ def open_source(source: SourceSection, base_folder: Path) -> RowStream:
     else:
         stream = _open_file(source, path, base_folder)
     return RowStream(stream.numbering, islice(stream.rows, source.limit))
+
+
+def check_local_source(source: SourceSection, base_folder: Path) -> None:
+    """Raise what `open_source` would raise for a local file that is missing or of an unknown type."""
+    path = find_file(source.path, base_folder)
+    if path is not None or not _is_hub_name(source.path):
+        _open_file(source, path, base_folder)
 
 
 def find_file(path: str, base_folder: Path) -> Path | None:
@@ -169,6 +175,7 @@ def _batch_rows(batch: pyarrow.RecordBatch) -> list[dict | None]:
 
 
 def _read_hub(source: SourceSection) -> Iterator[RawRow]:
+
     try:
         dataset = datasets.load_dataset(source.path, name=source.subset, split=source.split)
     except Exception as error:  # a dozen classes from four libraries, none of which a user should meet

@@ -5,7 +5,6 @@ from __future__ import annotations
 import psutil
 import torch
 
-from qhybrid.errors import RecipeError
 from qhybrid.units import format_bytes, parse_bytes
 
 
@@ -22,19 +21,16 @@ def limit_vram(vram: str | None) -> str | None:
     """Let this process take at most `vram` ("24GiB") of the current GPU.
 
     Returns:
-        A notice when there is no GPU and the setting has no effect.
-
-    Raises:
-        RecipeError: more than the GPU has.
+        A notice when the setting has no effect: there is no GPU, or it is clearly smaller. A "24 GB" card has a
+        little less than 24 GiB, which is not worth a word.
     """
     if vram is None:
         return None
     if not torch.cuda.is_available():
         return f"memory.vram {vram} has no effect: there is no CUDA device"
     total, wanted = torch.cuda.get_device_properties(0).total_memory, parse_bytes(vram)
-    if wanted > total:
-        raise RecipeError(
-            f"memory.vram {vram} is more than the GPU has ({format_bytes(total)})", hint="lower it or leave it out"
-        )
-    torch.cuda.set_per_process_memory_fraction(wanted / total)
+    if wanted < total:
+        torch.cuda.set_per_process_memory_fraction(wanted / total)
+    elif wanted > 1.1 * total:
+        return f"memory.vram is {vram}, but the GPU has only {format_bytes(total)}"
     return None

@@ -20,6 +20,7 @@ from qhybrid.errors import RunFolderError
 from qhybrid.recipe.load import dump_recipe, parse_recipe
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.checkpoint import newest_sealed
+from qhybrid.training.events import read_events
 
 Status = Literal["running", "finished", "failed"]
 LIBRARIES = ("qhybrid", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
@@ -62,34 +63,54 @@ def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> Run:
         overwrite: remove an earlier run of qhybrid in that folder first.
 
     Raises:
+        RunFolderError: as `check_claim`.
+    """
+    must_go = check_claim(recipe, resume=resume, overwrite=overwrite)
+    run = Run(Path(recipe.output_dir))
+    try:
+        if must_go:
+            shutil.rmtree(run.folder)
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"output_dir {run.folder} cannot be written: {error.strerror}") from None
+    return Run(run.folder, resume_from=newest_sealed(run.checkpoints) if resume else None)
+
+
+def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> bool:
+    """Whether what lies in output_dir has to go before a run can begin there. Changes nothing.
+
+    Raises:
         RunFolderError: a foreign folder, a finished or interrupted run without leave to touch it, or a run
             of another recipe to be resumed.
     """
-    folder = Path(recipe.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise RunFolderError(f"output_dir {folder} is a file", hint="choose another output_dir")
-    if not folder.exists() or not any(folder.iterdir()):
-        folder.mkdir(parents=True, exist_ok=True)
-        return Run(folder)
-    run = Run(folder)
+    run = Run(Path(recipe.output_dir))
+    if run.folder.exists() and not run.folder.is_dir():
+        raise RunFolderError(f"output_dir {run.folder} is a file", hint="choose another output_dir")
+    if not run.folder.exists() or not any(run.folder.iterdir()):
+        return False
     status = run.status
     if status is None:
         raise RunFolderError(
-            f"output_dir {folder} holds files that are not from a run of qhybrid",
+            f"output_dir {run.folder} holds files that are not from a run of qhybrid",
             hint="choose another output_dir; nothing was changed",
         )
-    if overwrite:
-        shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        return Run(folder)
+    if overwrite or (status["status"] != "finished" and not _has_trained(run)):
+        return True
     if not resume:
         state = "a finished run" if status["status"] == "finished" else "an unfinished run"
         raise RunFolderError(
-            f"output_dir {folder} holds {state}",
+            f"output_dir {run.folder} holds {state}",
             hint="go on with --resume auto, replace it with --overwrite, or choose another output_dir",
         )
     _same_recipe(run, recipe)
-    return Run(folder, resume_from=newest_sealed(run.checkpoints))
+    return False
+
+
+def _has_trained(run: Run) -> bool:
+    """Whether the run took a step: one that stopped before has nothing to lose."""
+    if run.adapter.exists() or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir())):
+        return True
+    return run.events_file.is_file() and bool(read_events(run.events_file, "step"))
 
 
 # What may differ between a run and its resumption: it changes neither the data nor the mathematics.

@@ -18,11 +18,12 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from trl import SFTTrainer
 
 from qhybrid.adapters.adalora import orthogonality
-from qhybrid.adapters.allocator import BudgetSchedule, RankAllocator, Triplets
+from qhybrid.adapters.allocator import RankAllocator, Triplets
 from qhybrid.adapters.attach import ADAPTER, adapted_modules, keep_adapter_values
 from qhybrid.adapters.dora import hold_norms
 from qhybrid.adapters.folder import load_weights, save_weights
 from qhybrid.adapters.parameter_groups import parameter_groups
+from qhybrid.adapters.schedule import plan_schedules
 from qhybrid.architecture.layout import Layout
 from qhybrid.data.tokenize import has_trained_token
 from qhybrid.errors import NonFiniteError, RecipeError
@@ -88,7 +89,17 @@ class BandedTrainer(SFTTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self.allocators = [self._allocator(band, max_steps) for band in self._adalora_bands()]
+        schedules = plan_schedules(self.recipe.adapters, self.layout, max_steps)
+        self.allocators = [
+            RankAllocator(
+                band.band,
+                {row.module: self._triplets[row.module] for row in self.layout.of_band(band.band)},
+                schedules[band.band],
+                band.schedule.beta1,
+                band.schedule.beta2,
+            )
+            for band in self._adalora_bands()
+        ]
         if resume_from_checkpoint is not None and self.allocators:
             state = load_file(str(Path(resume_from_checkpoint) / ALLOCATORS))
             for allocator in self.allocators:
@@ -99,18 +110,6 @@ class BandedTrainer(SFTTrainer):
 
     def _adalora_bands(self):
         return [band for band in self.recipe.adapters if band.kind == "adalora"]
-
-    def _allocator(self, band, total_steps: int) -> RankAllocator:
-        rows = self.layout.of_band(band.band)
-        schedule = BudgetSchedule.plan(
-            band.schedule,
-            band=band.band,
-            total_steps=total_steps,
-            init_budget=sum(row.rank for row in rows),
-            target_budget=sum(row.target_rank for row in rows),
-        )
-        triplets = {row.module: self._triplets[row.module] for row in rows}
-        return RankAllocator(band.band, triplets, schedule, band.schedule.beta1, band.schedule.beta2)
 
     def _regularizer(self) -> Tensor | None:
         """gamma·R of all AdaLoRA bands, or None where there is none."""

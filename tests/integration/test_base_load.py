@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from qhybrid.base.load import SUPPORTED_MODEL_TYPES, keep_exact_on_cpu, load_base
+from qhybrid.architecture.spec import SUPPORTED_MODEL_TYPES
+from qhybrid.base.load import keep_exact_on_cpu, load_base
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.errors import ModelError
 from qhybrid.recipe.schema import ModelSection, QuantizationSection
@@ -148,7 +149,7 @@ def test_an_attention_that_the_family_lacks_is_a_model_error(tmp_path):
 
 
 def test_every_supported_family_is_tested():
-    assert {model_type for model_type, _ in VARIANTS} == SUPPORTED_MODEL_TYPES
+    assert {model_type for model_type, _ in VARIANTS} == set(SUPPORTED_MODEL_TYPES)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])

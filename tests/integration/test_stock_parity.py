@@ -22,7 +22,8 @@ def stock_losses(model_folder, train_file, training, quantized):
     from trl import SFTConfig, SFTTrainer
 
     class Losses(TrainerCallback):
-        values: list = []
+        def __init__(self):
+            self.values = []
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "loss" in logs:
@@ -50,7 +51,6 @@ def stock_losses(model_folder, train_file, training, quantized):
     kept = {p: p.data for p in model.parameters() if p.requires_grad}
     rows = load_dataset("json", data_files=str(train_file), split="train", cache_dir=str(train_file.parent / "c"))
     losses = Losses()
-    losses.values = []
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qhybrid.adapters.adalora import lora_factors, orthogonality
-from qhybrid.adapters.allocator import BudgetSchedule, RankAllocator, Triplets
+from qhybrid.adapters.allocator import RankAllocator, Triplets
+from qhybrid.adapters.schedule import BudgetSchedule
 from qhybrid.errors import RecipeError
 from qhybrid.recipe.schema import AdaLoraSection
 

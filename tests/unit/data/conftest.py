@@ -9,7 +9,7 @@ import pytest
 from helpers import build_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from qhybrid.data import PreparedData, prepare_data
+from qhybrid.data.prepare import PreparedData, prepare_data
 from qhybrid.recipe.schema import Recipe
 
 

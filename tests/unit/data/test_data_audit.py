@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qhybrid.data import prepare_data
+from qhybrid.data.prepare import prepare_data
 from qhybrid.errors import DataError
 
 

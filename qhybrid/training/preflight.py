@@ -1,0 +1,29 @@
+"""What can be refused at once: before torch is loaded, anything is downloaded and the run folder is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qhybrid.adapters.schedule import plan_schedules
+from qhybrid.architecture.bands import build_layout
+from qhybrid.architecture.spec import read_spec
+from qhybrid.base.locate import find_local
+from qhybrid.data.readers import check_local_source
+from qhybrid.recipe.schema import Recipe
+from qhybrid.training.run import check_claim
+
+
+def preflight(recipe: Recipe, *, base_folder: Path, resume: bool, overwrite: bool) -> None:
+    """Check the output folder, the local data files, and the bands where the model's config is at hand.
+
+    Raises:
+        QhybridError: what `run_sft` would raise later.
+    """
+    check_claim(recipe, resume=resume, overwrite=overwrite)
+    for source in (*recipe.data.sources, *recipe.data.eval_sources):
+        check_local_source(source, base_folder)
+    files = find_local(recipe.model)
+    if files is not None and files.kind == "folder":
+        layout = build_layout(recipe.adapters, read_spec(files.path))
+        if recipe.training.max_steps > 0:
+            plan_schedules(recipe.adapters, layout, recipe.training.max_steps)

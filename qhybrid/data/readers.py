@@ -175,6 +175,7 @@ def _batch_rows(batch: pyarrow.RecordBatch) -> list[dict | None]:
 
 
 def _read_hub(source: SourceSection) -> Iterator[RawRow]:
+    import datasets  # slow to import, and only this reader needs it
 
     try:
         dataset = datasets.load_dataset(source.path, name=source.subset, split=source.split)

@@ -197,11 +197,11 @@ class MemorySection(Section):
 
     vram: str | None = None  # such as "24GiB"; caps what this process may take of the GPU
 
-    @field_validator("vram")
+    @field_validator("vram", mode="before")
     @classmethod
-    def _is_an_amount(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_bytes(value)
+    def _is_an_amount(cls, value: Any) -> Any:
+        if isinstance(value, (str, int, float)):
+            parse_bytes(str(value))
         return value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTConfig
 
 from qhybrid.errors import RecipeError
@@ -41,6 +42,9 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         "completion_only_loss": None,
     }
     try:
-        return SFTConfig(**values)
-    except (ValueError, TypeError, ImportError) as error:
+        arguments = SFTConfig(**values)
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()  # says so if its library is missing
+        return arguments
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise RecipeError(f"training: {' '.join(str(error).split())}") from None

@@ -6,7 +6,7 @@ beside them. s is constant (alpha over the initial rank), so that pruning a trip
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
@@ -57,21 +57,35 @@ class AdaLoraVariant(LoraVariant):
         return weight.detach().to(orig_weight.dtype)
 
 
-def orthogonality(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The mean over modules of R(P, Q) = ||PᵀP − I||² + ||QQᵀ − I||² (Frobenius; eq. 4), in fp32.
+@torch.no_grad()
+def add_regularizer(
+    pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], weight: float, scale: float = 1.0
+) -> Tensor:
+    """Add the gradient of weight·R to the gradients of P and Q, and return weight·R.
 
-    The paper sums over the modules. The mean makes the regulariser's weight mean the same for one band and for
-    a whole model; the authors' code divides by the number of modules as well.
+    R is the mean over modules of ||PᵀP − I||² + ||QQᵀ − I||² (Frobenius; eq. 4), with the closed-form gradients
+    4P(PᵀP − I) and 4(QQᵀ − I)Q, in fp32. The paper sums over the modules; the mean, which the authors' code takes
+    too, makes the weight mean the same for one band and for a whole model.
+
+    It is added to complete gradients instead of to the loss, so that it counts once for each optimizer step
+    whatever the accumulation, and so that importance scores can be taken from the task's gradients alone. With R
+    among them, ranks follow the shapes of the matrices: R is steepest for the smallest ones.
 
     Args:
-        pairs: P (out, r) and Q (r, in) of each module, at least one.
+        pairs: P (out, r) and Q (r, in) of each module, at least one, with gradients.
+        weight: gamma.
+        scale: what the gradients are multiplied with (a loss scaler's factor).
     """
-    penalties = []
+    total = torch.zeros((), device=pairs[0][0].device)
+    step = 4 * weight * scale / len(pairs)
     for p, q in pairs:
-        p, q = p.float(), q.float()
+        wide_p, wide_q = p.float(), q.float()
         identity = torch.eye(q.shape[0], device=q.device)
-        penalties.append((p.T @ p - identity).square().sum() + (q @ q.T - identity).square().sum())
-    return torch.stack(penalties).mean()
+        of_p, of_q = wide_p.T @ wide_p - identity, wide_q @ wide_q.T - identity
+        total += of_p.square().sum() + of_q.square().sum()
+        p.grad.add_((wide_p @ of_p).to(p.grad.dtype), alpha=step)
+        q.grad.add_((of_q @ wide_q).to(q.grad.dtype), alpha=step)
+    return weight * total / len(pairs)
 
 
 def lora_factors(q: Tensor, p: Tensor, lam: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.trainer_optimizer import is_optimizer_factory
 from trl import SFTTrainer
 
-from qhybrid.adapters.adalora import orthogonality
+from qhybrid.adapters.adalora import add_regularizer
 from qhybrid.adapters.allocator import RankAllocator, Triplets
 from qhybrid.adapters.attach import ADAPTER, adapted_modules, keep_adapter_values
 from qhybrid.adapters.dora import hold_norms
@@ -111,18 +111,6 @@ class BandedTrainer(SFTTrainer):
     def _adalora_bands(self):
         return [band for band in self.recipe.adapters if band.kind == "adalora"]
 
-    def _regularizer(self) -> Tensor | None:
-        """gamma·R of all AdaLoRA bands, or None where there is none."""
-        penalties = []
-        for band in self._adalora_bands():
-            if band.schedule.regularizer_weight > 0:
-                pairs = [
-                    (self._triplets[r.module].p, self._triplets[r.module].q)
-                    for r in self.layout.of_band(band.band)
-                ]
-                penalties.append(band.schedule.regularizer_weight * orthogonality(pairs))
-        return torch.stack(penalties).sum() if penalties else None
-
     def live_ranks(self) -> dict[str, int]:
         """The kept rank of every AdaLoRA module."""
         return {name: rank for allocator in self.allocators for name, rank in allocator.live_ranks().items()}
@@ -134,33 +122,9 @@ class BandedTrainer(SFTTrainer):
         """Tokens that were trained on so far, padding left out."""
         return int(self._total_train_tokens)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """trl's loss; in training the regulariser joins it once for each optimizer step.
-
-        trl takes the loss from log-probabilities, so a regulariser inside the model would be lost; and inside
-        the model it would be counted once for each micro-batch, and in evaluation.
-        """
-        computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self.model.training:
-            return computed
-        loss, outputs = computed if return_outputs else (computed, None)
-        # Trainer.training_step divides by the micro-batches unless the loss is a share of all tokens already.
-        counts_tokens = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        shares = (
-            1 if counts_tokens or self.compute_loss_func is not None else self.current_gradient_accumulation_steps
-        )
-        self._cross_entropy = loss.detach() / shares
-        if self.accelerator.sync_gradients:  # the last micro-batch of the step
-            regularizer = self._regularizer()
-            if regularizer is not None:
-                loss = loss + shares * regularizer
-                self.step_regularizer = regularizer.item()
-        return (loss, outputs) if return_outputs else loss
-
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """One micro-batch. Returns its share of the cross-entropy, without the regulariser."""
-        super().training_step(model, inputs, num_items_in_batch)
-        loss = self._cross_entropy
+        """One micro-batch; after the last one of a step, AdaLoRA's scores and regulariser. Returns the loss."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_loss += loss.item()
         if not math.isfinite(self.step_loss):
             raise NonFiniteError(
@@ -168,14 +132,23 @@ class BandedTrainer(SFTTrainer):
                 hint="lower the learning rate, or look at the batch: the event log has the step",
             )
         if self.accelerator.sync_gradients:
-            # Gradients are complete here, not yet clipped, and the weights not yet updated. Afterwards clipping
-            # would weigh the steps differently, and under DeepSpeed the gradients are gone.
-            scaler = getattr(self.accelerator, "scaler", None)
-            scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-            for allocator in self.allocators:
-                if self.state.global_step < allocator.schedule.last_allocation:
-                    allocator.observe(scale)
+            self._finish_gradients()
         return loss
+
+    def _finish_gradients(self) -> None:
+        """Gradients are complete here, not yet clipped, and the weights not yet updated.
+
+        Later, clipping would weigh the steps differently, and under DeepSpeed the gradients are gone.
+        """
+        scaler = getattr(self.accelerator, "scaler", None)
+        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        for band, allocator in zip(self._adalora_bands(), self.allocators, strict=True):
+            if self.state.global_step < allocator.schedule.last_allocation:
+                allocator.observe(scale)
+            if band.schedule.regularizer_weight > 0:
+                triplets = [self._triplets[row.module] for row in self.layout.of_band(band.band)]
+                pairs = [(t.p, t.q) for t in triplets]
+                self.step_regularizer += add_regularizer(pairs, band.schedule.regularizer_weight, scale).item()
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)

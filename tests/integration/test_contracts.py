@@ -68,7 +68,7 @@ def test_peft_scaling_is_alpha_over_rank():
 
 
 def test_trl_takes_its_loss_from_log_probabilities():
-    """So a regulariser in the model's forward would be lost, and ours joins in compute_loss."""
+    """So a regulariser in the model's forward would be lost; ours joins the gradients in training_step."""
     source = inspect.getsource(trl.SFTTrainer.compute_loss)
     assert "outputs.log_probs" in source and "num_items_in_batch" in source
 

@@ -198,7 +198,6 @@ def test_non_finite_stops_before_the_optimizer_step(tmp_path, tiny_model_folder,
             seen["before"] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
             seen["model"] = model
             if what == "loss":
-                self._cross_entropy = self._cross_entropy * float("nan")
                 return loss * float("nan")
             next(p for p in model.parameters() if p.requires_grad).register_hook(lambda g: g * float("inf"))
             return loss

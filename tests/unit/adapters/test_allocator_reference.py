@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qhybrid.adapters.adalora import lora_factors, orthogonality
+from qhybrid.adapters.adalora import add_regularizer, lora_factors
 from qhybrid.adapters.allocator import RankAllocator, Triplets
 from qhybrid.adapters.schedule import BudgetSchedule
 from qhybrid.errors import RecipeError
@@ -207,11 +207,27 @@ def test_tfinal_is_a_length_and_not_an_end_step():
     assert plan.budget(40) == 11  # 10 + 10·(1 - 30/60)³ = 11.25
 
 
-def test_orthogonality_is_zero_for_orthonormal_factors():
-    q, _ = torch.linalg.qr(torch.randn(12, 4, generator=torch.Generator().manual_seed(0)))
-    assert orthogonality([(q, q.T)]) < 1e-10
-    p = torch.zeros(12, 4)
-    assert torch.isclose(orthogonality([(p, q.T)]), torch.tensor(4.0))  # ||0 - I||² = r
+def test_the_regulariser_and_its_gradient_match_autograd():
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    expected = 0.0
+    wide = []
+    for out, inner, rank in ((12, 9, 4), (7, 20, 3)):
+        p = nn.Parameter(torch.randn(out, rank, generator=generator) * 0.3)
+        q = nn.Parameter(torch.randn(rank, inner, generator=generator) * 0.3)
+        p.grad, q.grad = torch.randn(p.shape, generator=generator), torch.randn(q.shape, generator=generator)
+        pairs.append((p, q))
+        one, other = p.detach().double().requires_grad_(), q.detach().double().requires_grad_()
+        wide += [(p, one), (q, other)]
+        identity = torch.eye(rank, dtype=torch.float64)
+        expected = expected + (one.T @ one - identity).norm() ** 2 + (other @ other.T - identity).norm() ** 2
+    expected = 0.1 * expected / 2
+    expected.backward()
+    before = [parameter.grad.clone() for parameter, _ in wide]
+    value = add_regularizer(pairs, 0.1, scale=8.0)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    for (parameter, reference), old in zip(wide, before, strict=True):
+        assert torch.allclose((parameter.grad - old).double() / 8, reference.grad, atol=1e-6)
 
 
 def test_folding_into_lora_is_exact():

@@ -74,6 +74,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict:
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
+    from rich.console import Console
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
@@ -85,6 +86,8 @@ def measure(kind: str, options: argparse.Namespace) -> dict:
     from qhybrid.base.tokenizer import load_tokenizer
     from qhybrid.recipe.load import load_recipe
     from qhybrid.training.callbacks.allocate import AllocateRanks
+    from qhybrid.training.callbacks.record import RecordSteps
+    from qhybrid.training.display import ProgressDisplay
     from qhybrid.training.events import EventLog
     from qhybrid.training.trainer import BandedTrainer
 
@@ -126,7 +129,10 @@ def measure(kind: str, options: argparse.Namespace) -> dict:
         else:
             model = attach(model, layout, dtype=torch.bfloat16)
             trainer = BandedTrainer(model=model, recipe=recipe, layout=layout, **common)
-            trainer.add_callback(AllocateRanks(trainer, EventLog(Path(temporary) / "events.jsonl")))
+            events = EventLog(Path(temporary) / "events.jsonl")
+            display = ProgressDisplay(Console(quiet=True), line_every=1, initial_ranks=0)
+            trainer.add_callback(AllocateRanks(trainer, events))
+            trainer.add_callback(RecordSteps(trainer, events, display))
         trainer.train()
     seconds = clock.ends[-1] - clock.ends[1]
     result = {

@@ -42,6 +42,22 @@ OWNED = {
     "pad_token": "the tokenizer's pad token is used",
     "hub_token": "log in with: hf auth login (a token does not belong in a recipe)",
     "auto_find_batch_size": "it restarts training with weights that are already changed",
+    "push_to_hub": "it would push checkpoints, not the adapter; use: hf upload NAME RUN/adapter",
+    "hub_model_id": "use: hf upload NAME RUN/adapter",
+    "hub_strategy": "use: hf upload NAME RUN/adapter",
+    "hub_always_push": "use: hf upload NAME RUN/adapter",
+    "hub_private_repo": "use: hf upload NAME RUN/adapter",
+    "hub_revision": "use: hf upload NAME RUN/adapter",
+    "enable_jit_checkpoint": "its checkpoints cannot be verified",
+    "bf16_full_eval": "evaluation computes as training does",
+    "fp16_full_eval": "evaluation computes as training does",
+    "disable_tqdm": "qhybrid draws the progress",
+    "label_names": "the labels come with the data",
+    "include_for_metrics": "only the loss is evaluated during training",
+    "batch_eval_metrics": "only the loss is evaluated during training",
+    "prediction_loss_only": "only the loss is evaluated during training",
+    "eval_do_concat_batches": "only the loss is evaluated during training",
+    "length_column_name": "the data has no such column",
     "restore_callback_states_from_checkpoint": "a resumed run restores its own state",
 }
 EXTRA = """
@@ -50,7 +66,8 @@ EXTRA = """
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
 """
 POSITIVE = {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
-NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "num_train_epochs"}
+NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"}
+BOUNDED = {"num_train_epochs": "gt=0", "seed": "ge=0, lt=2**32"}
 CHOICES = {
     "packing_strategy": ("bfd", "bfd_split", "wrapped"),
     "loss_type": ("nll", "dft", "chunked_nll"),
@@ -98,6 +115,8 @@ def field_line(field: dataclasses.Field, annotation: object) -> str:
         source = f"Literal[{', '.join(map(repr, CHOICES[field.name]))}]"
     if field.name in POSITIVE:
         source = f"Annotated[{source}, Field(ge=1)]"
+    elif field.name in BOUNDED:
+        source = f"Annotated[{source}, Field({BOUNDED[field.name]})]"
     elif field.name in NOT_NEGATIVE:
         source = f"Annotated[{source}, Field(ge=0)]"
     line = f"    {field.name}: {source} = {default!r}"
@@ -130,11 +149,22 @@ OWNED_ELSEWHERE = {{
 OUR_FIELDS = ("early_stopping_patience", "early_stopping_threshold")
 
 
+def _without_owned(schema: dict[str, Any]) -> None:
+    """Editors need not offer what is refused."""
+    for name in OWNED_ELSEWHERE:
+        del schema["properties"][name]
+
+
 class TrainingSection(BaseModel):
     """Training arguments, by the names that trl gives them."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        json_schema_extra=_without_owned,
     )
 
 {chr(10).join(lines)}

@@ -58,6 +58,8 @@ class RankAllocator:
         Args:
             gradient_scale: what the gradients were multiplied with (a loss scaler's factor).
         """
+        if gradient_scale != 1 and not self._gradients_are_finite():
+            return  # the loss scaler will skip this step; its infinities must not enter the averages
         for name, triplets in self._modules.items():
             for factor, parameter in _factors(triplets):
                 key = f"{name}.{factor}"
@@ -68,6 +70,10 @@ class RankAllocator:
                     sensitivity = (parameter.float() * parameter.grad.float()).abs_().div_(gradient_scale)
                 importance.lerp_(sensitivity, 1 - self._beta1)
                 uncertainty.lerp_(sensitivity.sub_(importance).abs_(), 1 - self._beta2)
+
+    def _gradients_are_finite(self) -> bool:
+        parameters = [p for triplets in self._modules.values() for _, p in _factors(triplets)]
+        return all(bool(torch.isfinite(p.grad).all()) for p in parameters if p.grad is not None)
 
     def scores(self) -> dict[str, Tensor]:
         """S (r,) of every module: s(λ_i) + mean s(P_·i) + mean s(Q_i·), with s = importance · uncertainty."""

@@ -58,8 +58,13 @@ class DoraMagnitude(nn.Module):
         """
         if self.holding and self._held is not None:
             return self._held
-        a, b = a.float(), b.float()
-        weight = dequantized_weight(base)
+        with torch.autocast(a.device.type, enabled=False):  # or the products below are rounded to bf16
+            norm = self._compute_norm(dequantized_weight(base), a.float(), b.float(), scaling)
+        if self.holding:
+            self._held = norm
+        return norm
+
+    def _compute_norm(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         cross = torch.cat(
             [
                 ((rows.float() @ a.T) * b_rows).sum(1)
@@ -68,10 +73,7 @@ class DoraMagnitude(nn.Module):
         )
         own = ((b @ (a @ a.T)) * b).sum(1)
         square = self.base_square + 2 * scaling * cross + scaling**2 * own
-        norm = square.clamp_min(0).sqrt()
-        if self.holding:
-            self._held = norm
-        return norm
+        return square.clamp_min(0).sqrt()
 
     def refresh(self) -> None:
         """Forget the held norm, because A or B changed."""

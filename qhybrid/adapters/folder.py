@@ -38,7 +38,8 @@ class AdapterInfo:
     double_quant: bool
     dtype: str  # of the base model's unquantised weights
     adapter_dtype: str
-    chat_template: str | None = None  # when it is not the tokenizer's own
+    chat_template: str | None = None  # what conversations were rendered with
+    system_prompt: str | None = None  # for conversations that have none
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

@@ -106,7 +106,12 @@ def _gpu() -> Finding:
     compute = f"{properties.major}.{properties.minor}"
     text = f"{properties.name}, {format_bytes(properties.total_memory)}, compute {compute}"
     if properties.major < 8:
-        return Finding("note", "gpu", text, "no bfloat16 before compute 8.0: set model.dtype: float16")
+        return Finding(
+            "note",
+            "gpu",
+            text,
+            "no bfloat16 before compute 8.0: set model.dtype: float16 (the adapters then train in float32)",
+        )
     return Finding("ok", "gpu", text)
 
 

@@ -49,14 +49,19 @@ def command(
     generation gives the answer's text exactly.
     """
     source = _source(data, row_format, columns, limit)
-    if model is None and adapter is None:
+    if not model and not adapter:
         raise ModelError("nothing to evaluate", hint="give --model or --adapter")
-    if adapter is not None and (quantization or dtype):
+    if adapter and (quantization or dtype):
         raise ModelError(
             "an adapter knows its quantization and dtype", hint="leave --quantization and --dtype out"
         )
     if predictions and Path(predictions).exists():
         raise DataError(f"{predictions} exists already", hint="choose another name; nothing was changed")
+    if predictions and not Path(predictions).parent.is_dir():
+        raise DataError(f"there is no folder {Path(predictions).parent} for the predictions")
+    from qhybrid.data.readers import check_local_source
+
+    check_local_source(source, Path())
 
     from qhybrid.cli.main import quiet_libraries
 
@@ -64,21 +69,24 @@ def command(
     from rich.console import Console
 
     from qhybrid.data.prepare import prepare_file
-    from qhybrid.evaluation.evaluate import Row, evaluate
+    from qhybrid.evaluation.evaluate import evaluate
     from qhybrid.evaluation.models import load_adapter_for_inference, load_base_for_inference
     from qhybrid.recipe.schema import ModelSection, QuantizationSection
 
     console = Console(stderr=True)
-    if adapter is not None:
+    if adapter:
         folder = Path(adapter)
         folder = folder / "adapter" if (folder / "run.json").is_file() else folder
-        loaded, tokenizer = load_adapter_for_inference(folder, model)
+        loaded, tokenizer, info = load_adapter_for_inference(folder, model)
+        system_prompt = info.system_prompt
     else:
         section = ModelSection.model_validate({"path": model, "dtype": dtype or "bfloat16"})
         nf4 = QuantizationSection.model_validate({"method": quantization or "nf4"})
         loaded, tokenizer = load_base_for_inference(section, nf4)
-    prepared, audit = prepare_file(source, tokenizer, chat_template=chat_template, base_folder=Path())
-    rows = [Row(row.input_ids.tolist(), row.labels.tolist()) for row in prepared]
+        system_prompt = None
+    rows, audit = prepare_file(
+        source, tokenizer, chat_template=chat_template, base_folder=Path(), system_prompt=system_prompt
+    )
     if audit.dropped:
         console.print(f"note: {audit.dropped} of {audit.rows_in} rows cannot be used", highlight=False)
 

@@ -69,10 +69,17 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         print_error("interrupted")
         sys.exit(130)
+    except MemoryError:
+        print_error("out of memory\nhint: a smaller batch, shorter rows or a smaller model needs less")
+        sys.exit(1)
     except BrokenPipeError:
         # The reader went away (`| head`): say nothing, and keep the interpreter from saying it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a full disk, a folder without permission, a name that is too long
+        place = f"{error.filename}: " if error.filename else ""
+        print_error(f"{place}{error.strerror or error}")
+        sys.exit(1)
 
 
 def print_error(text: str) -> None:
@@ -81,7 +88,7 @@ def print_error(text: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' progress bars and notices out of our output; warnings from them stay in the log."""
+    """Keep the libraries' progress bars, notices and warnings out of our output."""
     import logging
     import warnings
 

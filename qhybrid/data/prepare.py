@@ -97,7 +97,12 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, base_fol
 
 
 def prepare_file(
-    section: SourceSection, tokenizer: PreTrainedTokenizerBase, *, chat_template: str | None, base_folder: Path
+    section: SourceSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: str | None,
+    base_folder: Path,
+    system_prompt: str | None = None,
 ) -> tuple[list[EncodedRow], SourceAudit]:
     """Read, check and tokenise one source as for training, for evaluation without a recipe.
 
@@ -109,7 +114,7 @@ def prepare_file(
     """
     template = chat_template_text(chat_template, None, tokenizer, base_folder)
     training = TrainingSection(max_length=None)
-    encoder = RowEncoder(tokenizer, training, chat_template=template)
+    encoder = RowEncoder(tokenizer, training, chat_template=template, system_prompt=system_prompt)
     source = _prepare_source(section, encoder, 1.0, base_folder)
     return source.rows, source.audit
 

@@ -7,30 +7,25 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qhybrid.adapters.dora import hold_norms
+from qhybrid.data.tokenize import IGNORED_LABEL, EncodedRow
 
-IGNORED = -100
 _LOGIT_BYTES = 2**29  # logits (batch, tokens, vocabulary) in fp32 are kept below this
 
 
-@dataclass(frozen=True)
-class Row:
-    """One tokenised row. Labels are -100 where nothing is scored."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-    @property
-    def answer_start(self) -> int:
-        """Where the last scored run of tokens begins: the answer that generation must give."""
-        last = max((i for i, label in enumerate(self.labels) if label != IGNORED), default=-1)
-        while last >= 0 and self.labels[last] != IGNORED:
-            last -= 1
-        return last + 1
+def answer_start(row: EncodedRow) -> int:
+    """Where the last scored run of tokens begins: the answer that generation must give."""
+    scored = row.labels != IGNORED_LABEL
+    if not scored.any():
+        return 0
+    last = int(np.flatnonzero(scored)[-1])
+    unscored = np.flatnonzero(~scored[:last])
+    return int(unscored[-1]) + 1 if len(unscored) else 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class Scores:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[EncodedRow],
     *,
     batch_size: int,
     max_new_tokens: int | None,
@@ -84,8 +79,8 @@ def evaluate(
             progress("loss", done)
         answers: dict[int, Answer] = {}
         if max_new_tokens is not None:
-            asked = [(i, row) for i, row in enumerate(rows) if row.answer_start > 1]
-            asked.sort(key=lambda pair: pair[1].answer_start)  # little padding
+            asked = [(i, row) for i, row in enumerate(rows) if answer_start(row) > 1]
+            asked.sort(key=lambda pair: answer_start(pair[1]))  # little padding
             for start in range(0, len(asked), batch_size):
                 batch = asked[start : start + batch_size]
                 generated = _generate(model, tokenizer, [row for _, row in batch], max_new_tokens)
@@ -107,11 +102,11 @@ def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _batches(
-    rows: Sequence[Row], batch_size: int, *, tokens: Callable[[Row], int], model: PreTrainedModel
-) -> Iterator[list[Row]]:
+    rows: Sequence[EncodedRow], batch_size: int, *, tokens: Callable[[EncodedRow], int], model: PreTrainedModel
+) -> Iterator[list[EncodedRow]]:
     """Rows by length, in batches whose logits stay within bounds."""
     vocabulary = model.config.get_text_config().vocab_size
-    batch: list[Row] = []
+    batch: list[EncodedRow] = []
     for row in sorted(rows, key=tokens):
         if batch and (len(batch) == batch_size or (len(batch) + 1) * tokens(row) * vocabulary * 4 > _LOGIT_BYTES):
             yield batch
@@ -121,28 +116,28 @@ def _batches(
         yield batch
 
 
-def _cross_entropy(model: PreTrainedModel, batch: Sequence[Row]) -> tuple[float, int]:
+def _cross_entropy(model: PreTrainedModel, batch: Sequence[EncodedRow]) -> tuple[float, int]:
     """The summed cross-entropy of a batch in nats, and the number of scored tokens."""
     longest = max(len(row.input_ids) for row in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    labels = torch.full((len(batch), longest), IGNORED)
+    labels = torch.full((len(batch), longest), IGNORED_LABEL)
     mask = torch.zeros(len(batch), longest, dtype=torch.long)
     for i, row in enumerate(batch):
         n = len(row.input_ids)
-        ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row.input_ids), torch.tensor(row.labels), 1
+        ids[i, :n], labels[i, :n], mask[i, :n] = torch.from_numpy(row.input_ids), torch.from_numpy(row.labels), 1
     device = model.device
     logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
     targets = labels[:, 1:].to(device)
-    scored = targets != IGNORED
+    scored = targets != IGNORED_LABEL
     loss = F.cross_entropy(logits[:, :-1][scored].float(), targets[scored], reduction="sum")
     return loss.item(), int(scored.sum())
 
 
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Row], max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[EncodedRow], max_new_tokens: int
 ) -> list[Answer]:
     """Greedy answers to the prompts of a batch, padded on the left."""
-    prompts = [row.input_ids[: row.answer_start] for row in batch]
+    prompts = [row.input_ids[: answer_start(row)].tolist() for row in batch]
     longest = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.full((len(batch), longest), pad)
@@ -171,7 +166,7 @@ def _generate(
     return [
         Answer(
             prompt=tokenizer.decode(prompt),
-            expected=text([token for token in row.labels[row.answer_start :] if token != IGNORED]),
+            expected=text([token for token in row.labels[answer_start(row) :].tolist() if token != IGNORED_LABEL]),
             generated=text(produced[longest:].tolist()),
         )
         for row, prompt, produced in zip(batch, prompts, output, strict=True)

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qhybrid.adapters.attach import attach
-from qhybrid.adapters.folder import load_weights, read_adapter
+from qhybrid.adapters.folder import AdapterInfo, load_weights, read_adapter
 from qhybrid.base.load import keep_exact_on_cpu, load_base
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.recipe.schema import ModelSection, QuantizationSection
@@ -25,8 +25,8 @@ def load_base_for_inference(
 
 def load_adapter_for_inference(
     folder: Path, base: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """An adapter on its base model, and the tokenizer with the chat template that it was trained with.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, AdapterInfo]:
+    """An adapter on its base model, the tokenizer that it was trained with, and what is known of it.
 
     Args:
         folder: an adapter folder of qhybrid.
@@ -51,7 +51,6 @@ def load_adapter_for_inference(
     model = attach(load_base(section, quantization), layout, dtype=getattr(torch, info.adapter_dtype))
     load_weights(model, layout, folder)
     model.requires_grad_(False)
-    tokenizer = load_tokenizer(section)
-    if info.chat_template:
-        tokenizer.chat_template = info.chat_template
-    return model.eval(), tokenizer
+    # Training saved its tokenizer beside the adapter, with the chat template and the end token that it used.
+    tokenizer = load_tokenizer(section.model_copy(update={"tokenizer": str(folder)}))
+    return model.eval(), tokenizer, info

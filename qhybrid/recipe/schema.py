@@ -19,6 +19,21 @@ DEFAULT_LORAPLUS_RATIO = 4.0
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+def _or(*alternatives: dict[str, Any]) -> Any:
+    """Tell the JSON schema about the short forms that a field also takes."""
+
+    def widen(schema: dict[str, Any]) -> None:
+        full = dict(schema)
+        schema.clear()
+        schema["anyOf"] = [full, *alternatives]
+
+    return Field(json_schema_extra=widen)
+
+
+# One source needs no list, and a path alone needs no mapping.
+_ONE_SOURCE = ({"type": "string"}, {"$ref": "#/$defs/SourceSection"})
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused, no silent conversion of text to numbers."""
 
@@ -33,14 +48,20 @@ class ModelSection(Section):
     path: Annotated[str, Field(min_length=1)]
     revision: str | None = None
     dtype: Dtype = "bfloat16"  # weights that are not quantised, and the compute type
-    adapter_dtype: Dtype | None = None  # A, B, P and Q; the model's dtype when left out
+    adapter_dtype: Dtype | None = None  # A, B, P and Q; as dtype when left out, but float32 for float16
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     tokenizer: str | None = None  # another folder or hub id, when the model's own tokenizer is not wanted
 
     @property
     def resolved_adapter_dtype(self) -> Dtype:
-        """The dtype that A, B, P and Q train in."""
-        return self.adapter_dtype or self.dtype
+        """The dtype that A, B, P and Q train in. float16 has too few exponents for Adam's second moment."""
+        return self.adapter_dtype or ("float32" if self.dtype == "float16" else self.dtype)
+
+    @model_validator(mode="after")
+    def _adapters_can_train(self) -> Self:
+        if self.adapter_dtype == "float16":
+            raise ValueError("adapter_dtype float16 cannot be trained: use float32, or bfloat16")
+        return self
 
 
 class QuantizationSection(Section):
@@ -68,13 +89,16 @@ class AdaLoraSection(Section):
 class BandSection(Section):
     """One band: the layers it takes, and the adapter that every target module in them gets."""
 
-    band: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
-    layers: str = "all"  # "0-9", "0,3,5-7", "30%-70%", "bottom", "middle", "top" or "all"
+    # Left out, it is named after its layers or its place in the list.
+    band: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")] = "band"
+    layers: Annotated[str, _or({"type": "integer"})] = (
+        "all"  # "0-9", "0,3,5-7", "30%-70%", "bottom", "middle", "top" or "all"
+    )
     kind: Kind = "lora"
     rank: Annotated[int, Field(ge=1, le=8192)] = 16  # AdaLoRA: the average rank at the end
     alpha: Annotated[float, Field(gt=0)] | None = None  # twice the rank when left out
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Annotated[tuple[str, ...], Field(strict=False)] = ("all-linear",)
+    target_modules: Annotated[tuple[str, ...], Field(strict=False), _or({"type": "string"})] = ("all-linear",)
     init: Literal["kaiming", "gaussian"] | None = None  # of A; B starts at zero. AdaLoRA has its own.
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 1.0  # B's learning rate over A's
     adalora: AdaLoraSection | None = None
@@ -158,8 +182,8 @@ class SourceSection(Section):
 class DataSection(Section):
     """What to train and evaluate on."""
 
-    sources: Annotated[tuple[SourceSection, ...], Field(min_length=1, strict=False)]
-    eval_sources: Annotated[tuple[SourceSection, ...], Field(strict=False)] = ()
+    sources: Annotated[tuple[SourceSection, ...], Field(min_length=1, strict=False), _or(*_ONE_SOURCE)]
+    eval_sources: Annotated[tuple[SourceSection, ...], Field(strict=False), _or(*_ONE_SOURCE)] = ()
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # held out of `sources` by seeded choice
     mixture: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
     chat_template: str | None = None  # "chatml", "alpaca", or a .jinja file; the tokenizer's when left out
@@ -254,6 +278,19 @@ class Recipe(Section):
         if self.data.chat_template and self.training.chat_template_path:
             raise ValueError("data.chat_template and training.chat_template_path both name a template")
         has_eval = bool(self.data.eval_sources) or self.data.eval_fraction > 0
-        if self.training.eval_strategy != "no" and not has_eval:
+        training = self.training
+        if training.eval_strategy != "no" and not has_eval:
             raise ValueError("training.eval_strategy needs data.eval_sources or data.eval_fraction")
+        if training.eval_strategy == "no" and training.early_stopping_patience is not None:
+            raise ValueError("training.early_stopping_patience needs training.eval_strategy")
+        if training.eval_strategy == "no" and training.save_strategy == "best":
+            raise ValueError("training.save_strategy best needs training.eval_strategy")
+        if training.early_stopping_threshold and training.early_stopping_patience is None:
+            raise ValueError("training.early_stopping_threshold has no effect without early_stopping_patience")
+        if training.metric_for_best_model not in (None, "loss", "eval_loss"):
+            raise ValueError("training.metric_for_best_model: only eval_loss is measured during training")
+        if training.packing and training.max_length is None:
+            raise ValueError("training.packing needs training.max_length")
+        if training.padding_free and not training.packing and training.max_length is not None:
+            raise ValueError("training.padding_free needs training.packing, or max_length: null")
         return self

@@ -30,6 +30,22 @@ OWNED_ELSEWHERE = {
     "pad_token": "the tokenizer's pad token is used",
     "hub_token": "log in with: hf auth login (a token does not belong in a recipe)",
     "auto_find_batch_size": "it restarts training with weights that are already changed",
+    "push_to_hub": "it would push checkpoints, not the adapter; use: hf upload NAME RUN/adapter",
+    "hub_model_id": "use: hf upload NAME RUN/adapter",
+    "hub_strategy": "use: hf upload NAME RUN/adapter",
+    "hub_always_push": "use: hf upload NAME RUN/adapter",
+    "hub_private_repo": "use: hf upload NAME RUN/adapter",
+    "hub_revision": "use: hf upload NAME RUN/adapter",
+    "enable_jit_checkpoint": "its checkpoints cannot be verified",
+    "bf16_full_eval": "evaluation computes as training does",
+    "fp16_full_eval": "evaluation computes as training does",
+    "disable_tqdm": "qhybrid draws the progress",
+    "label_names": "the labels come with the data",
+    "include_for_metrics": "only the loss is evaluated during training",
+    "batch_eval_metrics": "only the loss is evaluated during training",
+    "prediction_loss_only": "only the loss is evaluated during training",
+    "eval_do_concat_batches": "only the loss is evaluated during training",
+    "length_column_name": "the data has no such column",
     "restore_callback_states_from_checkpoint": "a resumed run restores its own state",
 }
 
@@ -37,16 +53,27 @@ OWNED_ELSEWHERE = {
 OUR_FIELDS = ("early_stopping_patience", "early_stopping_threshold")
 
 
+def _without_owned(schema: dict[str, Any]) -> None:
+    """Editors need not offer what is refused."""
+    for name in OWNED_ELSEWHERE:
+        del schema["properties"][name]
+
+
 class TrainingSection(BaseModel):
     """Training arguments, by the names that trl gives them."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        json_schema_extra=_without_owned,
     )
 
     output_dir: str | None = None
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
-    num_train_epochs: Annotated[float, Field(ge=0)] = 3.0
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     max_steps: int = -1
     learning_rate: Annotated[float, Field(ge=0)] = (
         0.0002  # QLoRA's rate for 7B and 13B models (arXiv 2305.14314, table 9)
@@ -183,7 +210,7 @@ class TrainingSection(BaseModel):
     ignore_data_skip: bool = False
     restore_callback_states_from_checkpoint: bool = False
     full_determinism: bool = False
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     data_seed: int | None = None
     use_cpu: bool = False
     accelerator_config: dict[str, Any] | str | None = None

@@ -29,8 +29,12 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         values["bf16"] = recipe.model.dtype == "bfloat16" and not training.fp16
     if not torch.cuda.is_available():
         values["use_cpu"] = True  # transformers wants it said before it trains in bf16 on a CPU
-    if training.early_stopping_patience is not None and training.metric_for_best_model is None:
+    if training.metric_for_best_model is None and (
+        training.early_stopping_patience is not None or training.save_strategy == "best"
+    ):
         values["metric_for_best_model"] = "eval_loss"
+    if recipe.model.dtype == "float16":
+        values["fp16"] = True  # the loss must be scaled, or small gradients vanish
     values |= {
         "output_dir": str(checkpoints),
         "disable_tqdm": True,  # qhybrid draws the progress
@@ -43,6 +47,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     }
     try:
         arguments = SFTConfig(**values)
+        arguments._n_gpu = 1  # several visible GPUs do not mean DataParallel, which trl refuses
         for tracker in get_reporting_integration_callbacks(arguments.report_to):
             tracker()  # says so if its library is missing
         return arguments

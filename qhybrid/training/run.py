@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from qhybrid.errors import RunFolderError
 from qhybrid.recipe.load import dump_recipe, parse_recipe
 from qhybrid.recipe.schema import Recipe
@@ -42,17 +44,27 @@ class Run:
 
     def write_status(self, status: Status, **facts: Any) -> None:
         """Record the run's state in run.json, in one step."""
-        content = {"format_version": 1, "status": status, "versions": versions(), **facts}
+        process = psutil.Process()
+        before = self.status or {}
+        content = {
+            "format_version": 1,
+            "status": status,
+            "versions": versions(),
+            "process": {"pid": process.pid, "started": process.create_time()},
+            "data_fingerprint": before.get("data_fingerprint"),
+            **facts,
+        }
         write_atomically(self.folder / "run.json", json.dumps(content, indent=2) + "\n")
 
     @property
     def status(self) -> dict[str, Any] | None:
-        """The content of run.json, or None where there is none."""
+        """The content of run.json, or None where there is none of qhybrid's."""
         try:
             content = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return content if isinstance(content, dict) else None
+        ours = isinstance(content, dict) and "status" in content and "qhybrid" in content.get("versions", {})
+        return content if ours else None
 
 
 def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> Run:
@@ -63,61 +75,87 @@ def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> Run:
         overwrite: remove an earlier run of qhybrid in that folder first.
 
     Raises:
-        RunFolderError: as `check_claim`.
+        RunFolderError: as `check_claim`; or the folder cannot be written, or the checkpoint has no optimizer.
     """
-    must_go = check_claim(recipe, resume=resume, overwrite=overwrite)
+    check_claim(recipe, resume=resume, overwrite=overwrite)
     run = Run(Path(recipe.output_dir))
     try:
-        if must_go:
+        if overwrite and run.folder.exists():
             shutil.rmtree(run.folder)
         run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"output_dir {run.folder} cannot be written: {error.strerror}") from None
-    return Run(run.folder, resume_from=newest_sealed(run.checkpoints) if resume else None)
+    checkpoint = newest_sealed(run.checkpoints) if resume else None
+    if checkpoint is not None and not (checkpoint / "optimizer.pt").is_file():
+        raise RunFolderError(
+            f"{checkpoint} holds no optimizer state (training.save_only_model), so it cannot be resumed exactly",
+            hint="its adapter can be evaluated; start a new run in another output_dir",
+        )
+    return Run(run.folder, resume_from=checkpoint)
 
 
-def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> bool:
-    """Whether what lies in output_dir has to go before a run can begin there. Changes nothing.
+def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output_dir that must not be touched. Changes nothing.
+
+    A run that stopped before its first step has nothing to lose: its folder is used again, in place.
 
     Raises:
-        RunFolderError: a foreign folder, a finished or interrupted run without leave to touch it, or a run
-            of another recipe to be resumed.
+        RunFolderError: a foreign folder, a run that is going on, a finished or interrupted run without leave to
+            touch it, or a run of another recipe to be resumed.
     """
     run = Run(Path(recipe.output_dir))
     if run.folder.exists() and not run.folder.is_dir():
         raise RunFolderError(f"output_dir {run.folder} is a file", hint="choose another output_dir")
     if not run.folder.exists() or not any(run.folder.iterdir()):
-        return False
+        return
     status = run.status
     if status is None:
         raise RunFolderError(
             f"output_dir {run.folder} holds files that are not from a run of qhybrid",
             hint="choose another output_dir; nothing was changed",
         )
+    if status["status"] == "running" and _is_alive(status.get("process", {})):
+        raise RunFolderError(
+            f"a run is going on in output_dir {run.folder} (process {status['process']['pid']})",
+            hint="wait for it, or choose another output_dir",
+        )
     if overwrite or (status["status"] != "finished" and not _has_trained(run)):
-        return True
+        return
     if not resume:
         state = "a finished run" if status["status"] == "finished" else "an unfinished run"
         raise RunFolderError(
             f"output_dir {run.folder} holds {state}",
             hint="go on with --resume auto, replace it with --overwrite, or choose another output_dir",
         )
+    if recipe.training.train_sampling_strategy == "group_by_length":
+        raise RunFolderError(
+            "a run with training.train_sampling_strategy: group_by_length cannot be resumed in the same order",
+            hint="start a new run in another output_dir",
+        )
     _same_recipe(run, recipe)
-    return False
+
+
+def _is_alive(process: dict[str, Any]) -> bool:
+    """Whether the process that wrote run.json still runs; the start time tells it from a reused number."""
+    try:
+        other = psutil.Process(process["pid"])
+        return other.pid != os.getpid() and abs(other.create_time() - process["started"]) < 1
+    except (psutil.Error, KeyError, TypeError):
+        return False
 
 
 def _has_trained(run: Run) -> bool:
-    """Whether the run took a step: one that stopped before has nothing to lose."""
+    """Whether the run took a step."""
     if run.adapter.exists() or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir())):
         return True
     return run.events_file.is_file() and bool(read_events(run.events_file, "step"))
 
 
 # What may differ between a run and its resumption: it changes neither the data nor the mathematics.
-_MAY_DIFFER = {
+_MAY_DIFFER = (
     "training.logging_steps", "training.report_to", "training.run_name", "training.save_total_limit",
-    "memory.vram",
-}  # fmt: skip
+    "training.gradient_checkpointing", "training.per_device_eval_batch_size", "memory.vram",
+)  # fmt: skip
 
 
 def _same_recipe(run: Run, recipe: Recipe) -> None:
@@ -126,7 +164,7 @@ def _same_recipe(run: Run, recipe: Recipe) -> None:
     old, _ = parse_recipe(run.recipe_file.read_text(encoding="utf-8"), str(run.recipe_file))
     before, now = (_flat(r.model_dump(mode="json")) for r in (old, recipe))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    changed = [key for key in changed if key not in _MAY_DIFFER]
+    changed = [key for key in changed if not key.startswith(_MAY_DIFFER)]
     if changed:
         shown = "; ".join(f"{key}: {before.get(key)} → {now.get(key)}" for key in changed[:5])
         raise RunFolderError(
@@ -148,10 +186,20 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def begin(run: Run, recipe: Recipe) -> None:
-    """Write what is known before training; the recipe first, so that an interrupted start can be resumed."""
+def begin(run: Run, recipe: Recipe, data_fingerprint: str) -> None:
+    """Write what is known before training.
+
+    Raises:
+        RunFolderError: the run that is to be resumed was trained on other rows.
+    """
+    before = (run.status or {}).get("data_fingerprint")
+    if run.resume_from is not None and before not in (None, data_fingerprint):
+        raise RunFolderError(
+            f"the data of the run in {run.folder} has changed since it was started",
+            hint="bring the old data files back, or start a new run in another output_dir",
+        )
     write_atomically(run.recipe_file, dump_recipe(recipe))
-    run.write_status("running")
+    run.write_status("running", data_fingerprint=data_fingerprint)
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ from qhybrid.base.load import load_base
 from qhybrid.base.locate import model_folder
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import PreparedData, prepare_data
-from qhybrid.errors import TrainingError
+from qhybrid.errors import AllocationError, RecipeError, TrainingError
 from qhybrid.recipe.load import LoadedRecipe, resolve
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.arguments import training_arguments
@@ -30,6 +30,7 @@ from qhybrid.training.callbacks.record import RecordSteps
 from qhybrid.training.display import ProgressDisplay
 from qhybrid.training.events import EventLog, read_events
 from qhybrid.training.memory import limit_vram, measured_memory
+from qhybrid.training.preflight import preflight
 from qhybrid.training.run import Run, begin, claim, versions, write_atomically
 from qhybrid.training.trainer import BandedTrainer
 from qhybrid.units import format_bytes, format_count, format_duration
@@ -59,21 +60,18 @@ def run_sft(
     """
     console = console or Console()
     recipe = resolve(loaded.recipe)
-    # What can be checked without the weights comes first, and before the folder is claimed.
-    folder = model_folder(recipe.model)
-    layout = build_layout(recipe.adapters, read_spec(folder))
+    preflight(recipe, base_folder=loaded.folder, resume=resume, overwrite=overwrite)
+    finished = Run(Path(recipe.output_dir)).status if resume else None
+    if finished and finished["status"] == "finished":
+        console.print(f"{recipe.output_dir} holds the finished run of this recipe; nothing to do", highlight=False)
+        return SftResult(Run(Path(recipe.output_dir)), finished["figures"])
+    # Everything that may be refused comes before the folder is claimed.
+    layout = build_layout(recipe.adapters, read_spec(model_folder(recipe.model)))
     training_arguments(recipe, Path(recipe.output_dir))
-    notice = limit_vram(recipe.memory.vram)
-    if notice:
-        console.print(f"note: {notice}", highlight=False)
-    run = claim(recipe, resume=resume, overwrite=overwrite)
-    if resume and (run.status or {}).get("status") == "finished":
-        console.print(f"{run.folder} holds the finished run of this recipe; nothing to do", highlight=False)
-        return SftResult(run, (run.status or {}).get("figures", {}))
-
     tokenizer = load_tokenizer(recipe.model)
     data = prepare_data(recipe, tokenizer, base_folder=loaded.folder)
-    begin(run, recipe)
+    run = claim(recipe, resume=resume, overwrite=overwrite)
+    begin(run, recipe, data.train._fingerprint)
     write_atomically(run.layout_file, layout.to_json())
     write_atomically(run.audit_file, json.dumps(data.audit.to_dict(), indent=2, ensure_ascii=False) + "\n")
     _announce(console, recipe, layout, data, run)
@@ -84,6 +82,8 @@ def run_sft(
     except BaseException as error:
         events.write("failed", error=type(error).__name__, message=str(error))
         run.write_status("failed", error=type(error).__name__)
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise _out_of_memory(error) from None
         raise
     finally:
         events.close()
@@ -99,15 +99,7 @@ def _train(
     model = attach(model, layout, dtype=getattr(torch, recipe.model.resolved_adapter_dtype))
     if data.chat_template:
         tokenizer.chat_template = data.chat_template
-    trainer = BandedTrainer(
-        model=model,
-        recipe=recipe,
-        layout=layout,
-        args=training_arguments(recipe, run.checkpoints),
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        processing_class=tokenizer,
-    )
+    trainer = _trainer(recipe, layout, data, tokenizer, model, run)
     display = ProgressDisplay(
         console,
         line_every=int(recipe.training.logging_steps) or 1,
@@ -125,17 +117,51 @@ def _train(
     began = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
-    except torch.cuda.OutOfMemoryError as error:
-        raise TrainingError(
-            f"the GPU ran out of memory: {str(error).splitlines()[0]}",
-            hint="lower training.per_device_train_batch_size or training.max_length, or set "
-            "training.gradient_checkpointing: true; then go on with --resume auto",
-        ) from None
     finally:
         display.end()
-    save_adapter(trainer.model, layout, _info(recipe, data), run.adapter)
+    info = _info(recipe, data)
+    save_adapter(trainer.model, layout, info, run.adapter)
     tokenizer.save_pretrained(str(run.adapter))
+    _require_allocations(trainer, run)
     return _figures(trainer, events, run, seconds=time.perf_counter() - began)
+
+
+def _trainer(recipe: Recipe, layout: Layout, data: PreparedData, tokenizer, model, run: Run) -> BandedTrainer:
+    try:
+        return BandedTrainer(
+            model=model,
+            recipe=recipe,
+            layout=layout,
+            args=training_arguments(recipe, run.checkpoints),
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            processing_class=tokenizer,
+        )
+    except (ValueError, TypeError, ImportError, AssertionError) as error:
+        raise RecipeError(f"training: {' '.join(str(error).split())}") from error
+
+
+def _require_allocations(trainer: BandedTrainer, run: Run) -> None:
+    for allocator in trainer.allocators:
+        if allocator.num_allocations == 0:
+            schedule = allocator.schedule
+            first = min(schedule.warmup_steps + schedule.interval, schedule.last_allocation)
+            raise AllocationError(
+                f"band {allocator.band!r} of kind adalora never allocated: the run ended at step "
+                f"{trainer.state.global_step} of {schedule.total_steps}, "
+                f"the first allocation was due at step {first}",
+                hint=f"{run.adapter} holds the adapter at its initial rank; train longer, or shorten "
+                "adalora.warmup",
+            )
+
+
+def _out_of_memory(error: Exception) -> TrainingError:
+    return TrainingError(
+        f"the GPU ran out of memory: {str(error).splitlines()[0]}",
+        hint="set training.gradient_checkpointing=true and go on with --resume auto; or start anew with "
+        "--overwrite and a smaller training.per_device_train_batch_size or training.max_length (in an "
+        "evaluation: per_device_eval_batch_size)",
+    )
 
 
 def _info(recipe: Recipe, data: PreparedData) -> AdapterInfo:
@@ -147,6 +173,7 @@ def _info(recipe: Recipe, data: PreparedData) -> AdapterInfo:
         dtype=recipe.model.dtype,
         adapter_dtype=recipe.model.resolved_adapter_dtype,
         chat_template=data.chat_template,
+        system_prompt=recipe.data.system_prompt,
         versions=versions(),
     )
 
@@ -167,8 +194,11 @@ def _figures(trainer: BandedTrainer, events: EventLog, run: Run, seconds: float)
     evaluations = [record for record in read_events(run.events_file, "evaluation") if "eval_loss" in record]
     if evaluations:
         figures["eval_loss"] = evaluations[-1]["eval_loss"]
+        if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
+            figures["eval_loss"] = trainer.state.best_metric  # that adapter was loaded back
     if trainer.allocators:
-        figures["live_ranks"] = sum(trainer.live_ranks().values())
+        figures["live_ranks"] = trainer.num_live_triplets()
+        figures["target_ranks"] = sum(allocator.schedule.target_budget for allocator in trainer.allocators)
         figures["allocations"] = sum(allocator.num_allocations for allocator in trainer.allocators)
     events.write("end", **figures)
     return figures
@@ -193,6 +223,11 @@ def _announce(console: Console, recipe: Recipe, layout: Layout, data: PreparedDa
         )
     line(f"trained  {format_count(layout.num_parameters)} parameters")
     line(data.audit.to_text())
+    if data.eval is not None and recipe.training.eval_strategy == "no":
+        line("note: evaluation rows are given, but training.eval_strategy is no: they are not looked at")
+    notice = limit_vram(recipe.memory.vram)
+    if notice:
+        line(f"note: {notice}")
     line(f"run      {run.folder}" + (f", resumed from {run.resume_from.name}" if run.resume_from else ""))
 
 
@@ -214,5 +249,8 @@ def summary_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         if f"peak_cuda_max_{name}_bytes" in figures:
             rows.append((f"GPU memory {name}, peak", format_bytes(figures[f"peak_cuda_max_{name}_bytes"])))
     if "live_ranks" in figures:
-        rows.append(("AdaLoRA ranks alive", f"{figures['live_ranks']} after {figures['allocations']} allocations"))
+        alive = f"{figures['live_ranks']} after {figures['allocations']} allocations"
+        if figures["live_ranks"] > figures["target_ranks"]:
+            alive += f"; the final choice of {figures['target_ranks']} was not reached"
+        rows.append(("AdaLoRA ranks alive", alive))
     return rows

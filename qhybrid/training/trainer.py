@@ -14,13 +14,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from qhybrid.adapters.adalora import add_regularizer
 from qhybrid.adapters.allocator import RankAllocator, Triplets
 from qhybrid.adapters.attach import ADAPTER, adapted_modules, keep_adapter_values
-from qhybrid.adapters.dora import hold_norms
+from qhybrid.adapters.dora import hold_norms, refresh_norms
 from qhybrid.adapters.folder import load_weights, save_weights
 from qhybrid.adapters.parameter_groups import parameter_groups
 from qhybrid.adapters.schedule import plan_schedules
@@ -69,11 +72,11 @@ class BandedTrainer(SFTTrainer):
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if is_optimizer_factory(optimizer_class) or {"params", "model", "optimizer_dict"} & settings.keys():
             # GaLore, LOMO, Muon and their kin make their own groups.
-            if any(row.loraplus_lr_ratio != 1 for row in self.layout):
+            if any(row.loraplus_lr_ratio != 1 or row.kind == "adalora" for row in self.layout):
                 raise RecipeError(
-                    f"training.optim {self.args.optim} makes its own parameter groups, so loraplus_lr_ratio "
-                    "would have no effect",
-                    hint="choose another optimizer, or remove loraplus_lr_ratio",
+                    f"training.optim {self.args.optim} makes its own parameter groups, or consumes gradients as "
+                    "they come: LoRA+ rates and AdaLoRA do not work with it",
+                    hint="choose another optimizer, or other kinds of bands",
                 )
             return super().create_optimizer(model)
         groups = parameter_groups(
@@ -114,6 +117,10 @@ class BandedTrainer(SFTTrainer):
     def live_ranks(self) -> dict[str, int]:
         """The kept rank of every AdaLoRA module."""
         return {name: rank for allocator in self.allocators for name, rank in allocator.live_ranks().items()}
+
+    def num_live_triplets(self) -> int:
+        """The triplets that add to the model: their λ is not zero."""
+        return sum(int(triplets.lam.count_nonzero()) for triplets in self._triplets.values())
 
     # ---- one step ----
 
@@ -161,16 +168,34 @@ class BandedTrainer(SFTTrainer):
             )
         return grad_norm
 
+    def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, **kwargs):
+        """As transformers'; but a checkpoint of the last step is only loaded, not trained one step further."""
+        if resume_from_checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            if state.global_step >= state.max_steps:
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
+        return super()._inner_training_loop(
+            batch_size=batch_size, args=args, resume_from_checkpoint=resume_from_checkpoint, **kwargs
+        )
+
     def train(self, *args, **kwargs):
         """As transformers' train; DoRA's norms are computed once for each optimizer step."""
         with hold_norms(self.model):
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()  # schedule-free optimizers: the averaged weights are the result
+        return output
 
     def evaluate(self, *args, **kwargs):
         """As trl's evaluate; the random state is put back, so that evaluating does not change the training."""
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        # Schedule-free optimizers swap the weights for the evaluation, so norms must not be kept across it.
+        refresh_norms(self.model)
         with torch.random.fork_rng(devices):
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        refresh_norms(self.model)
+        return metrics
 
     # ---- checkpoints ----
 

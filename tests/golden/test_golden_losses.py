@@ -75,6 +75,7 @@ def test_smollm2(tmp_path):
             "model.dtype=float32",
             "data.sources=[{path: data/orders_train.jsonl, limit: 12}]",
             "data.eval_sources=[]",
+            "training.eval_strategy=no",
             "training.max_steps=6",
             "training.per_device_train_batch_size=2",
             "training.warmup_steps=0",

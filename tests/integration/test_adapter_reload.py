@@ -87,7 +87,7 @@ def trained(request, tmp_path_factory, tiny_model_folder):
 
 def test_qhybrid_reads_it_back_exactly(trained):
     _, result, logits, _ = trained
-    model, _ = load_adapter_for_inference(result.run.adapter)
+    model, _, _ = load_adapter_for_inference(result.run.adapter)
     with torch.no_grad():
         assert torch.equal(model(TOKENS).logits, logits)
 
@@ -129,24 +129,21 @@ def test_dropped_ranks_are_gone_from_the_peft_folder(trained):
             assert config["rank_pattern"][row.module] == config["alpha_pattern"][row.module] == rank
 
 
+@pytest.mark.parametrize("trained", ["none"], indirect=True)
 def test_merging_into_the_weights_keeps_the_function(trained):
     """peft's merge_and_unload: every kind must merge, or its delta would silently be lost.
 
-    Merging into 4-bit weights rounds them anew, so there it can only be asked to come near.
+    Only unquantised: merging into 4-bit weights rounds them anew, which is a larger change than these adapters.
     """
-    _, result, logits, quantization = trained
-    model, _ = load_adapter_for_inference(result.run.adapter)
+    _, result, logits, _ = trained
+    model, _, _ = load_adapter_for_inference(result.run.adapter)
     with torch.no_grad():
-        model.disable_adapter_layers()
-        effect = (model(TOKENS).logits - logits).norm()
-        model.enable_adapter_layers()
-        for way in (lambda: model.merge_adapter(), lambda: model.unmerge_adapter()):
+        for way in (model.merge_adapter, model.unmerge_adapter):
             way()
-            error = (model(TOKENS).logits - logits).norm() / effect
-            assert error < (0.5 if quantization == "nf4" else 1e-4)
+            assert torch.allclose(model(TOKENS).logits, logits, atol=1e-4)
         merged = model.merge_and_unload()
         assert not any("lora" in name for name, _ in merged.named_modules())
-        assert (merged(TOKENS).logits - logits).norm() / effect < (0.5 if quantization == "nf4" else 1e-4)
+        assert torch.allclose(merged(TOKENS).logits, logits, atol=1e-4)
 
 
 def test_damaged_and_foreign_adapters_are_refused(trained, tmp_path):

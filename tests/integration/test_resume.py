@@ -54,7 +54,7 @@ def interrupted_at(uninterrupted, step: int):
         if int(checkpoint.name.split("-")[1]) > step:
             shutil.rmtree(checkpoint)
     shutil.rmtree(folder / "adapter")
-    (folder / "run.json").write_text(json.dumps({"status": "running"}))
+    (folder / "run.json").write_text(json.dumps({"status": "running", "versions": {"qhybrid": "0.1.0"}}))
     lines = (folder / "events.jsonl").read_text().splitlines()
     kept = [line for line in lines if json.loads(line).get("step", 0) <= step and '"end"' not in line]
     (folder / "events.jsonl").write_text("\n".join(kept) + "\n")
@@ -114,3 +114,40 @@ def test_resume_auto_without_a_run_starts_one(tmp_path, tiny_model_folder):
     loaded = run_recipe(tmp_path, tiny_model_folder, training={"max_steps": 3}, adapters=[{"rank": 2}])
     result = run_sft(loaded, resume=True, console=QUIET)
     assert result.run.resume_from is None and result.figures["optimizer_steps"] == 3
+
+
+def test_a_checkpoint_of_the_last_step_is_only_loaded(uninterrupted):
+    """A crash between the last checkpoint and the adapter: nothing is trained again."""
+    loaded, whole = interrupted_at(uninterrupted, 40)
+    result = run_sft(loaded, resume=True, console=QUIET)
+    steps = [record["step"] for record in read_events(result.run.events_file, "step")]
+    assert steps == list(range(1, 41))
+    name = "adapter/adapter.safetensors"
+    assert (whole / name).read_bytes() == (result.run.folder / name).read_bytes()
+
+
+def test_changed_data_is_not_resumed(tmp_path, tiny_model_folder):
+    loaded = run_recipe(
+        tmp_path, tiny_model_folder, adapters=[{"rank": 2}],
+        training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2},
+    )  # fmt: skip
+    result = run_sft(loaded, console=QUIET)
+    status = json.loads((result.run.folder / "run.json").read_text())
+    (result.run.folder / "run.json").write_text(json.dumps({**status, "status": "failed", "process": {}}))
+    shutil.rmtree(result.run.checkpoints / "checkpoint-4")
+    rows = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(rows[:-1]))
+    with pytest.raises(RunFolderError, match="data of the run"):
+        run_sft(loaded, resume=True, console=QUIET)
+
+
+def test_checkpoints_without_an_optimizer_are_not_resumed(tmp_path, tiny_model_folder):
+    loaded = run_recipe(
+        tmp_path, tiny_model_folder, adapters=[{"rank": 2}],
+        training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_only_model": True},
+    )  # fmt: skip
+    result = run_sft(loaded, console=QUIET)
+    status = json.loads((result.run.folder / "run.json").read_text())
+    (result.run.folder / "run.json").write_text(json.dumps({**status, "status": "failed", "process": {}}))
+    with pytest.raises(RunFolderError, match="no optimizer state"):
+        run_sft(loaded, resume=True, console=QUIET)

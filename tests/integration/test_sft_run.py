@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from qhybrid.architecture.layout import Layout
-from qhybrid.errors import AllocationError, NonFiniteError, RecipeError, RunFolderError
+from qhybrid.errors import AllocationError, DataError, NonFiniteError, RecipeError, RunFolderError
 from qhybrid.recipe.load import parse_recipe, resolve
 from qhybrid.training import sft
 from qhybrid.training.events import read_events
@@ -108,19 +108,19 @@ def test_evaluation_loss_is_the_cross_entropy(finished):
     """No regulariser in it: `qhybrid eval` on the same rows gives the same number."""
     from qhybrid.cli.evaluate import _source
     from qhybrid.data.prepare import prepare_file
-    from qhybrid.evaluation.evaluate import Row, evaluate
+    from qhybrid.evaluation.evaluate import evaluate
     from qhybrid.evaluation.models import load_adapter_for_inference
 
     loaded, result = finished
     logged = read_events(result.run.events_file, "evaluation")
     assert [record["step"] for record in logged] == [10, 20]
-    model, tokenizer = load_adapter_for_inference(result.run.adapter)
+    model, tokenizer, _ = load_adapter_for_inference(result.run.adapter)
     source = _source(loaded.recipe.data.eval_sources[0].path, "auto", (), None)
     rows, _ = prepare_file(source, tokenizer, chat_template=None, base_folder=result.run.folder)
     scores = evaluate(
         model,
         tokenizer,
-        [Row(r.input_ids.tolist(), r.labels.tolist()) for r in rows],
+        rows,
         batch_size=8,
         max_new_tokens=None,
     )
@@ -317,3 +317,92 @@ def test_float16_checkpoints_and_no_quantization(tmp_path, tiny_model_folder):
     loaded = run_recipe(tmp_path, tiny_model_folder, quantization={"method": "none"})
     steps = read_events(run_sft(loaded, console=QUIET).run.events_file, "step")
     assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+def test_a_run_without_a_step_leaves_its_folder_free(tmp_path, tiny_model_folder):
+    """A mistake that shows only after the folder was claimed needs no --overwrite to be corrected."""
+    bands = [{"band": "ada", "kind": "adalora", "rank": 2, "adalora": {"warmup": 30}}]
+    epochs = {"max_steps": -1, "num_train_epochs": 1}
+    with pytest.raises(RecipeError, match="'ada'"):
+        run_sft(run_recipe(tmp_path, tiny_model_folder, adapters=bands, training=epochs), console=QUIET)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    run_sft(run_recipe(tmp_path, tiny_model_folder), console=QUIET)
+
+
+def test_foreign_and_running_folders_are_left_alone(tmp_path, tiny_model_folder):
+    import subprocess
+    import sys
+
+    import psutil
+
+    loaded = run_recipe(tmp_path, tiny_model_folder)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    running = {"pid": other.pid, "started": psutil.Process(other.pid).create_time()}
+    ours = {"versions": {"qhybrid": "0.1.0"}}
+    try:
+        for content, words in (
+            ({"status": "queued"}, "not from a run"),
+            ({"x": 1}, "not from a run"),
+            ({"status": "running", **ours, "process": running}, "going on"),
+        ):
+            (folder / "run.json").write_text(json.dumps(content))
+            for options in ({}, {"resume": True}, {"overwrite": True}):
+                with pytest.raises(RunFolderError, match=words):
+                    run_sft(loaded, console=QUIET, **options)
+    finally:
+        other.kill()
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(finished, tmp_path):
+    """The data is read before the old run goes."""
+    loaded, result = finished
+    (tmp_path / "bad.jsonl").write_text('{"some": "thing"}\n' * 5)
+    data = loaded.recipe.data.model_copy(
+        update={
+            "sources": (loaded.recipe.data.sources[0].model_copy(update={"path": str(tmp_path / "bad.jsonl")}),)
+        }
+    )
+    broken = type(loaded)(loaded.recipe.model_copy(update={"data": data}), loaded.path)
+    with pytest.raises(DataError):
+        run_sft(broken, overwrite=True, console=QUIET)
+    assert (result.run.adapter / "adapter.safetensors").is_file()
+
+
+def test_a_run_that_stopped_early_says_how_many_ranks_it_has(tmp_path, tiny_model_folder):
+    """Early stopping inside the decay: the figures count what was saved."""
+    loaded = run_recipe(
+        tmp_path,
+        tiny_model_folder,
+        adapters=[{"band": "ada", "kind": "adalora", "rank": 2, "adalora": {"interval": 4}}],
+        training={
+            "max_steps": 40,
+            "learning_rate": 1.0,
+            "eval_strategy": "steps",
+            "eval_steps": 5,
+            "early_stopping_patience": 1,
+        },
+    )
+    result = run_sft(loaded, console=QUIET)
+    assert result.figures["optimizer_steps"] < 28
+    weights = load_file(result.run.adapter / "adapter.safetensors")
+    alive = sum(int(value.count_nonzero()) for name, value in weights.items() if "lambda" in name)
+    assert result.figures["live_ranks"] == alive > result.figures["target_ranks"]
+    assert any("not reached" in value for _, value in sft.summary_rows(result.figures))
+
+
+def test_overflowing_gradients_do_not_enter_the_scores(tiny_model_folder):
+    """A step that the loss scaler skips: one infinity in the averages would make every score NaN for good."""
+    from qhybrid.adapters.allocator import RankAllocator, Triplets
+    from qhybrid.adapters.schedule import BudgetSchedule
+
+    triplets = Triplets(*(torch.nn.Parameter(torch.ones(size)) for size in ((2, 3), (4, 2), (2,))))
+    allocator = RankAllocator("b", {"m": triplets}, BudgetSchedule(10, 1, 3, 1, 2, 1), 0.85, 0.85)
+    for value in (1.0, float("inf"), 2.0):
+        for parameter in (triplets.q, triplets.p, triplets.lam):
+            parameter.grad = torch.full_like(parameter, value)
+        allocator.observe(gradient_scale=1024.0)
+    assert all(torch.isfinite(score).all() and (score > 0).all() for score in allocator.scores().values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from transformers import TrainerCallback
 
 from qhybrid.adapters.dora import refresh_norms
-from qhybrid.errors import AllocationError
 from qhybrid.training.events import EventLog
 from qhybrid.training.trainer import BandedTrainer
 
@@ -43,15 +42,3 @@ class AllocateRanks(TrainerCallback):
                     live_ranks=allocator.live_ranks(),
                 )
         refresh_norms(self._trainer.model)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        for allocator in self._trainer.allocators:
-            if allocator.num_allocations == 0:
-                schedule = allocator.schedule
-                raise AllocationError(
-                    f"band {allocator.band!r} of kind adalora never allocated: the run ended at step "
-                    f"{state.global_step}, the first allocation was due at step "
-                    f"{min(schedule.warmup_steps + schedule.interval, schedule.last_allocation)} "
-                    f"of {schedule.total_steps}",
-                    hint="the last checkpoint holds the adapter; train longer, or shorten adalora.warmup",
-                )

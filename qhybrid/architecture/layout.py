@@ -53,11 +53,6 @@ class Layout:
         return len(self.rows)
 
     @property
-    def by_module(self) -> dict[str, LayoutRow]:
-        """The rows by full module name."""
-        return {row.module: row for row in self.rows}
-
-    @property
     def bands(self) -> tuple[str, ...]:
         """The names of the bands, in the order in which they appear."""
         return tuple(dict.fromkeys(row.band for row in self.rows))

@@ -7,19 +7,10 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import click
 
-_NEEDED = {  # library: the lowest version that pyproject.toml admits
-    "torch": "2.11",
-    "transformers": "5.23",
-    "peft": "0.21.2",
-    "trl": "1.16",
-    "bitsandbytes": "0.50.2",
-    "accelerate": "1.15",
-    "datasets": "5.2",
-}
 _OPTIONAL = {"deepspeed": "pip install 'qhybrid[zero]'", "flash_attn": "pip install flash-attn (CUDA only)"}
 
 _REINSTALL = "reinstall bitsandbytes for this torch"
@@ -69,19 +60,21 @@ def _python() -> Finding:
 
 
 def _libraries() -> list[Finding]:
-    from packaging.version import Version
+    from packaging.requirements import Requirement
 
     findings = []
-    for name, lowest in _NEEDED.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            findings.append(Finding("problem", name, "not installed", "pip install -c constraints.txt qhybrid"))
+    for requirement in map(Requirement, requires("qhybrid") or []):
+        if requirement.marker is not None:  # of an extra
             continue
-        if Version(found) < Version(lowest):
-            findings.append(Finding("problem", name, found, f"qhybrid needs {lowest} or newer"))
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            findings.append(Finding("problem", requirement.name, "not installed", f"pip install '{requirement}'"))
+            continue
+        if requirement.specifier.contains(found, prereleases=True):
+            findings.append(Finding("ok", requirement.name, found))
         else:
-            findings.append(Finding("ok", name, found))
+            findings.append(Finding("problem", requirement.name, found, f"pip install '{requirement}'"))
     for name, advice in _OPTIONAL.items():
         try:
             findings.append(Finding("ok", name, version(name)))

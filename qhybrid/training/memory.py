@@ -1,6 +1,8 @@
-"""What the process and the GPU hold now."""
+"""What the process and the GPU hold, and what they may hold."""
 
 from __future__ import annotations
+
+import resource
 
 import psutil
 import torch
@@ -15,6 +17,11 @@ def measured_memory() -> dict[str, int]:
         measured["cuda_max_allocated_bytes"] = torch.cuda.max_memory_allocated()
         measured["cuda_max_reserved_bytes"] = torch.cuda.max_memory_reserved()
     return measured
+
+
+def process_peak_bytes() -> int:
+    """The largest resident set that this process ever had, loading included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def limit_vram(vram: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from qhybrid.adapters.schedule import plan_schedules
@@ -9,6 +10,7 @@ from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.spec import read_spec
 from qhybrid.base.locate import find_local
 from qhybrid.data.readers import check_local_source
+from qhybrid.errors import RecipeError
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.run import check_claim
 
@@ -19,6 +21,11 @@ def preflight(recipe: Recipe, *, base_folder: Path, resume: bool, overwrite: boo
     Raises:
         QhybridError: what `run_sft` would raise later.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RecipeError(
+            "several processes are not in this version",
+            hint="start qhybrid without torchrun or accelerate launch; one GPU is used",
+        )
     check_claim(recipe, resume=resume, overwrite=overwrite)
     for source in (*recipe.data.sources, *recipe.data.eval_sources):
         check_local_source(source, base_folder)

@@ -169,7 +169,8 @@ def _same_recipe(run: Run, recipe: Recipe) -> None:
         shown = "; ".join(f"{key}: {before.get(key)} → {now.get(key)}" for key in changed[:5])
         raise RunFolderError(
             f"the run in {run.folder} was started with another recipe ({shown})",
-            hint=f"resume with its own recipe, {run.recipe_file}, or choose another output_dir",
+            hint=f"resume with the recipe it was started with ({run.recipe_file} shows it), or choose another "
+            "output_dir",
         )
 
 

@@ -29,7 +29,7 @@ from qhybrid.training.callbacks.allocate import AllocateRanks
 from qhybrid.training.callbacks.record import RecordSteps
 from qhybrid.training.display import ProgressDisplay
 from qhybrid.training.events import EventLog, read_events
-from qhybrid.training.memory import limit_vram, measured_memory
+from qhybrid.training.memory import limit_vram, measured_memory, process_peak_bytes
 from qhybrid.training.preflight import preflight
 from qhybrid.training.run import Run, begin, claim, versions, write_atomically
 from qhybrid.training.trainer import BandedTrainer
@@ -94,7 +94,7 @@ def run_sft(
 def _train(
     recipe: Recipe, layout: Layout, data: PreparedData, tokenizer, run: Run, events: EventLog, console: Console
 ) -> dict[str, Any]:
-    model = load_base(recipe.model, recipe.quantization)
+    model = load_base(recipe.model, recipe.quantization, device="cpu" if recipe.training.use_cpu else None)
     set_seed(recipe.training.seed)  # the adapters' initial values, as in trl
     model = attach(model, layout, dtype=getattr(torch, recipe.model.resolved_adapter_dtype))
     if data.chat_template:
@@ -190,6 +190,7 @@ def _figures(trainer: BandedTrainer, events: EventLog, run: Run, seconds: float)
         "tokens_per_second": sum(r["tokens"] for r in records) / sum(r["seconds"] for r in records),
         "seconds": round(seconds, 1),
         **{f"peak_{key}": max(r["memory"].get(key, 0) for r in records) for key in measured_memory()},
+        "peak_process_bytes": process_peak_bytes(),
     }
     evaluations = [record for record in read_events(run.events_file, "evaluation") if "eval_loss" in record]
     if evaluations:

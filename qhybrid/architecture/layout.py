@@ -94,7 +94,7 @@ class Layout:
 
     def to_text(self) -> str:
         """The layout as a table: runs of layers that have the same adapter share a line."""
-        header = ("layers", "module", "band", "kind", "rank", "alpha", "s", "dropout", "parameters")
+        header = ("layers", "module", "band", "kind", "init", "rank", "alpha", "s", "dropout", "parameters")
         lines: list[tuple[str, ...]] = [header]
         for target in dict.fromkeys(row.target for row in self.rows):
             rows = [row for row in self.rows if row.target == target]
@@ -108,7 +108,7 @@ class Layout:
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         text = [
             "  ".join(
-                cell.rjust(w) if i > 3 else cell.ljust(w)
+                cell.rjust(w) if i > 4 else cell.ljust(w)
                 for i, (cell, w) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in [header, *body]
@@ -136,6 +136,6 @@ def _table_line(rows: list[LayoutRow]) -> tuple[str, ...]:
     kind = row.kind + (f" (LoRA+ {row.loraplus_lr_ratio:g})" if row.loraplus_lr_ratio != 1 else "")
     parameters = format_count(sum(r.num_parameters for r in rows))
     return (
-        layers, row.target, row.band, kind, rank, f"{row.alpha:g}", f"{row.scaling:.4g}", f"{row.dropout:g}",
-        parameters,
+        layers, row.target, row.band, kind, row.init, rank, f"{row.alpha:g}", f"{row.scaling:.4g}",
+        f"{row.dropout:g}", parameters,
     )  # fmt: skip

@@ -75,7 +75,7 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, base_fol
     train = [_prepare_source(section, encoder, limit, base_folder) for section in recipe.data.sources]
     evaluation = [_prepare_source(section, encoder, limit, base_folder) for section in recipe.data.eval_sources]
 
-    seed = recipe.training.seed % 2**32  # NumPy takes no negative seed
+    seed = recipe.training.seed
     train_rows, held_out_rows = _choose_rows(train, recipe.data, seed)
     eval_rows = held_out_rows + [row for source in evaluation for row in source.rows]
     for source in evaluation:

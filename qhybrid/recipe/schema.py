@@ -31,7 +31,7 @@ def _or(*alternatives: dict[str, Any]) -> Any:
 
 
 # One source needs no list, and a path alone needs no mapping.
-_ONE_SOURCE = ({"type": "string"}, {"$ref": "#/$defs/SourceSection"})
+_ONE_SOURCE = ({"type": "string"}, {"type": "object"})
 
 
 class Section(BaseModel):

@@ -105,7 +105,7 @@ def test_sft_then_eval(project):
         (["sfd", "recipe.yaml"], "sft"),
         (["eval", "eval.jsonl"], "--model or --adapter"),
         (["eval", "eval.jsonl", "--adapter", "."], "not an adapter folder"),
-        (["eval", "missing.jsonl", "--adapter", "."], "not an adapter folder"),
+        (["eval", "missing.jsonl", "--adapter", "."], "not found"),
         (["eval", "eval.jsonl", "--model", "./none"], "./none"),
         (["eval", "eval.jsonl", "--model", "x", "--columns", "a"], "OURS=THEIRS"),
         (["eval", "eval.jsonl", "--model", "x", "--format", "words"], "alpaca"),

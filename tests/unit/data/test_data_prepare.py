@@ -55,7 +55,7 @@ def test_all_exhausted(prepare, two_sources, tokenizer):
 
 def test_the_seed_decides(prepare, two_sources):
     data = weighted(two_sources, eval_fraction=0.1)
-    first, again, other = prepare(data, seed=1), prepare(data, seed=1), prepare(data, seed=-2)
+    first, again, other = prepare(data, seed=1), prepare(data, seed=1), prepare(data, seed=2)
     assert first.train.to_dict() == again.train.to_dict()
     assert first.train._fingerprint == again.train._fingerprint != other.train._fingerprint
     assert first.eval.to_dict() == again.eval.to_dict() != other.eval.to_dict()

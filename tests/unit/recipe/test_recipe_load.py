@@ -245,6 +245,21 @@ def test_shipped_recipes_are_valid_without_notices(name):
     assert loaded.notices == ()
 
 
+def test_the_json_schema_knows_the_short_forms_and_hides_what_is_refused():
+    """Editors check shipped recipes against it, so it must take what the loader takes."""
+    schema = Recipe.model_json_schema()
+    definitions = schema["$defs"]
+    for section, field, kinds in (
+        ("DataSection", "sources", {"array", "string", "object"}),
+        ("BandSection", "target_modules", {"array", "string"}),
+        ("BandSection", "layers", {"string", "integer"}),
+    ):
+        assert {option["type"] for option in definitions[section]["properties"][field]["anyOf"]} == kinds
+    assert "band" not in definitions["BandSection"].get("required", [])
+    assert "hub_token" not in definitions["TrainingSection"]["properties"]
+    assert "learning_rate" in definitions["TrainingSection"]["properties"]
+
+
 def test_the_recipe_floors_import_no_torch():
     code = (
         "import sys, qhybrid.recipe.load, qhybrid.architecture.bands, qhybrid.cli.main, qhybrid.cli.recipes;"

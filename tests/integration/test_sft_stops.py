@@ -1,0 +1,181 @@
+"""What stops a run, before or in the middle, and what it leaves: nothing lost, nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import run_recipe
+from rich.console import Console
+from safetensors.torch import load_file
+
+from qhybrid.errors import AllocationError, DataError, NonFiniteError, RecipeError, RunFolderError
+from qhybrid.training import sft
+from qhybrid.training.events import read_events
+from qhybrid.training.sft import run_sft
+from qhybrid.training.trainer import BandedTrainer
+
+QUIET = Console(quiet=True)
+
+
+def test_too_few_steps_for_adalora_is_told_before_training(tmp_path, tiny_model_folder):
+    bands = [{"band": "ada", "kind": "adalora", "rank": 2, "adalora": {"warmup": 5, "final": 5}}]
+    loaded = run_recipe(tmp_path, tiny_model_folder, adapters=bands)
+    with pytest.raises(RecipeError) as caught:
+        run_sft(loaded, console=QUIET)
+    assert "'ada'" in str(caught.value) and "10 optimizer steps" in str(caught.value)
+
+
+def test_a_run_that_never_allocated_fails_and_says_why(tmp_path, tiny_model_folder):
+    """Early stopping ends the run inside the warm-up."""
+    bands = [{"band": "ada", "kind": "adalora", "rank": 2, "adalora": {"warmup": 0.5}}]
+    loaded = run_recipe(
+        tmp_path,
+        tiny_model_folder,
+        adapters=bands,
+        training={
+            "max_steps": 40,
+            "learning_rate": 0.0,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "early_stopping_patience": 2,
+        },
+    )
+    with pytest.raises(AllocationError) as caught:
+        run_sft(loaded, console=QUIET)
+    assert "'ada'" in str(caught.value) and "step 3" in str(caught.value)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_non_finite_stops_before_the_optimizer_step(tmp_path, tiny_model_folder, monkeypatch, what):
+    loaded = run_recipe(tmp_path, tiny_model_folder)
+    seen = {}
+
+    class Poisoned(BandedTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            loss = super().compute_loss(model, inputs, **kwargs)
+            if self.state.global_step != 3:
+                return loss
+            seen["before"] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+            seen["model"] = model
+            if what == "loss":
+                return loss * float("nan")
+            next(p for p in model.parameters() if p.requires_grad).register_hook(lambda g: g * float("inf"))
+            return loss
+
+    monkeypatch.setattr(sft, "BandedTrainer", Poisoned)
+    with pytest.raises(NonFiniteError, match="step 4") as caught:
+        run_sft(loaded, console=QUIET)
+    assert caught.value.exit_code == 1
+    for name, parameter in seen["model"].named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, seen["before"][name])
+    assert [r["step"] for r in read_events(tmp_path / "run" / "events.jsonl", "step")] == [1, 2, 3]
+    (failed,) = read_events(tmp_path / "run" / "events.jsonl", "failed")
+    assert failed["error"] == "NonFiniteError"
+
+
+def test_folders_are_never_overwritten_silently(finished, tmp_path, tiny_model_folder):
+    loaded, result = finished
+    with pytest.raises(RunFolderError, match="finished run"):
+        run_sft(loaded, console=QUIET)
+    again = run_sft(loaded, resume=True, console=QUIET)  # finished already: nothing to do
+    assert again.figures == result.figures
+    foreign = run_recipe(tmp_path, tiny_model_folder)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(RunFolderError, match="not from a run"):
+            run_sft(foreign, console=QUIET, **options)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_run_without_a_step_leaves_its_folder_free(tmp_path, tiny_model_folder):
+    """A mistake that shows only after the folder was claimed needs no --overwrite to be corrected."""
+    bands = [{"band": "ada", "kind": "adalora", "rank": 2, "adalora": {"warmup": 30}}]
+    epochs = {"max_steps": -1, "num_train_epochs": 1}
+    with pytest.raises(RecipeError, match="'ada'"):
+        run_sft(run_recipe(tmp_path, tiny_model_folder, adapters=bands, training=epochs), console=QUIET)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    run_sft(run_recipe(tmp_path, tiny_model_folder), console=QUIET)
+
+
+def test_foreign_and_running_folders_are_left_alone(tmp_path, tiny_model_folder):
+    import subprocess
+    import sys
+
+    import psutil
+
+    loaded = run_recipe(tmp_path, tiny_model_folder)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    running = {"pid": other.pid, "started": psutil.Process(other.pid).create_time()}
+    ours = {"versions": {"qhybrid": "0.1.0"}}
+    try:
+        for content, words in (
+            ({"status": "queued"}, "not from a run"),
+            ({"x": 1}, "not from a run"),
+            ({"status": "running", **ours, "process": running}, "going on"),
+        ):
+            (folder / "run.json").write_text(json.dumps(content))
+            for options in ({}, {"resume": True}, {"overwrite": True}):
+                with pytest.raises(RunFolderError, match=words):
+                    run_sft(loaded, console=QUIET, **options)
+    finally:
+        other.kill()
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(finished, tmp_path):
+    """The data is read before the old run goes."""
+    loaded, result = finished
+    (tmp_path / "bad.jsonl").write_text('{"some": "thing"}\n' * 5)
+    data = loaded.recipe.data.model_copy(
+        update={
+            "sources": (loaded.recipe.data.sources[0].model_copy(update={"path": str(tmp_path / "bad.jsonl")}),)
+        }
+    )
+    broken = type(loaded)(loaded.recipe.model_copy(update={"data": data}), loaded.path)
+    with pytest.raises(DataError):
+        run_sft(broken, overwrite=True, console=QUIET)
+    assert (result.run.adapter / "adapter.safetensors").is_file()
+
+
+def test_a_run_that_stopped_early_says_how_many_ranks_it_has(tmp_path, tiny_model_folder):
+    """Early stopping inside the decay: the figures count what was saved."""
+    loaded = run_recipe(
+        tmp_path,
+        tiny_model_folder,
+        adapters=[{"band": "ada", "kind": "adalora", "rank": 2, "adalora": {"interval": 4}}],
+        training={
+            "max_steps": 40,
+            "learning_rate": 1.0,
+            "eval_strategy": "steps",
+            "eval_steps": 5,
+            "early_stopping_patience": 1,
+        },
+    )
+    result = run_sft(loaded, console=QUIET)
+    assert result.figures["optimizer_steps"] < 28
+    weights = load_file(result.run.adapter / "adapter.safetensors")
+    alive = sum(int(value.count_nonzero()) for name, value in weights.items() if "lambda" in name)
+    assert result.figures["live_ranks"] == alive > result.figures["target_ranks"]
+    assert any("not reached" in value for _, value in sft.summary_rows(result.figures))
+
+
+def test_overflowing_gradients_do_not_enter_the_scores(tiny_model_folder):
+    """A step that the loss scaler skips: one infinity in the averages would make every score NaN for good."""
+    from qhybrid.adapters.allocator import RankAllocator, Triplets
+    from qhybrid.adapters.schedule import BudgetSchedule
+
+    triplets = Triplets(*(torch.nn.Parameter(torch.ones(size)) for size in ((2, 3), (4, 2), (2,))))
+    allocator = RankAllocator("b", {"m": triplets}, BudgetSchedule(10, 1, 3, 1, 2, 1), 0.85, 0.85)
+    for value in (1.0, float("inf"), 2.0):
+        for parameter in (triplets.q, triplets.p, triplets.lam):
+            parameter.grad = torch.full_like(parameter, value)
+        allocator.observe(gradient_scale=1024.0)
+    assert all(torch.isfinite(score).all() and (score > 0).all() for score in allocator.scores().values())

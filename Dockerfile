@@ -1,7 +1,7 @@
 # qhybrid on CUDA. The same commands as outside: scripts/setup installs, scripts/test tests.
 #
 #   docker build -t qhybrid .
-#   docker run --gpus all -v "$PWD/runs:/qhybrid/runs" -v ~/.cache/huggingface:/root/.cache/huggingface \
+#   docker run --gpus all -v "$PWD/runs:/qhybrid/runs" -v ~/.cache/huggingface:/models \
 #       qhybrid sft recipes/llama2_7b_instruct.yaml
 #
 # torch from PyPI brings its own CUDA libraries; the image needs only the driver of the host.
@@ -16,7 +16,8 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY scripts scripts
 COPY recipes recipes
 COPY qhybrid qhybrid
-RUN scripts/setup && rm -rf /root/.cache/pip
+ENV PIP_NO_CACHE_DIR=1 HF_HOME=/models
+RUN scripts/setup
 
 COPY tests tests
 ENV PATH=/qhybrid/.venv/bin:$PATH

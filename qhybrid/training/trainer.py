@@ -69,12 +69,17 @@ class BandedTrainer(SFTTrainer):
         """The optimizer that the recipe names, over LoRA+ parameter groups."""
         if self.optimizer is not None:
             return self.optimizer
-        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        try:
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        except (ImportError, ValueError) as error:  # a library that is missing, or optim_args it cannot read
+            raise RecipeError(
+                f"training.optim {self.recipe.training.optim}: {' '.join(str(error).split())}"
+            ) from None
         if is_optimizer_factory(optimizer_class) or {"params", "model", "optimizer_dict"} & settings.keys():
             # GaLore, LOMO, Muon and their kin make their own groups.
             if any(row.loraplus_lr_ratio != 1 or row.kind == "adalora" for row in self.layout):
                 raise RecipeError(
-                    f"training.optim {self.args.optim} makes its own parameter groups, or consumes gradients as "
+                    f"training.optim {self.recipe.training.optim} makes its own parameter groups, or consumes gradients as "
                     "they come: LoRA+ rates and AdaLoRA do not work with it",
                     hint="choose another optimizer, or other kinds of bands",
                 )

@@ -72,7 +72,6 @@ def test_learning_rates_are_those_of_the_recipe(finished):
 
 def test_every_band_was_trained_in_its_dtype(tmp_path, tiny_model_folder):
     loaded = run_recipe(tmp_path, tiny_model_folder, model={"path": str(tiny_model_folder), "dtype": "bfloat16"})
-    before = tmp_path / "start"
     result = run_sft(loaded, console=QUIET)
     weights = load_file(result.run.adapter / "adapter.safetensors")
     for name, value in weights.items():
@@ -80,7 +79,6 @@ def test_every_band_was_trained_in_its_dtype(tmp_path, tiny_model_folder):
         assert value.dtype == (torch.float32 if kind in ("lora_lambda", "lora_magnitude") else torch.bfloat16)
         if kind == "lora_B" and ".2." not in name and ".3." not in name:  # P does not start at zero
             assert value.abs().max() > 0, name
-    assert not before.exists()
 
 
 def test_evaluation_loss_is_the_cross_entropy(finished):
@@ -187,14 +185,14 @@ def test_training_options_work_with_all_bands(tmp_path, tiny_model_folder, chang
     assert sum(steps[-1]["live_ranks"].values()) == 42
 
 
-def test_optimizers_with_their_own_groups_refuse_loraplus(tmp_path, tiny_model_folder):
+def test_an_optimizer_that_is_not_installed_or_makes_its_own_groups_is_refused(tmp_path, tiny_model_folder):
     loaded = run_recipe(
         tmp_path,
         tiny_model_folder,
         adapters=[{"kind": "lora+", "rank": 4}],
         training={"optim": "galore_adamw", "optim_target_modules": "all-linear"},
     )
-    with pytest.raises((RecipeError, ImportError)):
+    with pytest.raises(RecipeError, match="galore_adamw"):
         run_sft(loaded, console=QUIET)
 
 
@@ -219,7 +217,7 @@ def test_evaluating_does_not_change_the_training(tmp_path, tiny_model_folder):
     assert [r["loss"] for r in runs[0]] == [r["loss"] for r in runs[1]]
 
 
-def test_float16_checkpoints_and_no_quantization(tmp_path, tiny_model_folder):
+def test_an_unquantised_base_trains_too(tmp_path, tiny_model_folder):
     loaded = run_recipe(tmp_path, tiny_model_folder, quantization={"method": "none"})
     steps = read_events(run_sft(loaded, console=QUIET).run.events_file, "step")
     assert steps[-1]["loss"] < steps[0]["loss"]

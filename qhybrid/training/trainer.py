@@ -79,8 +79,8 @@ class BandedTrainer(SFTTrainer):
             # GaLore, LOMO, Muon and their kin make their own groups.
             if any(row.loraplus_lr_ratio != 1 or row.kind == "adalora" for row in self.layout):
                 raise RecipeError(
-                    f"training.optim {self.recipe.training.optim} makes its own parameter groups, or consumes gradients as "
-                    "they come: LoRA+ rates and AdaLoRA do not work with it",
+                    f"training.optim {self.recipe.training.optim} makes its own parameter groups, or "
+                    "consumes gradients as they come: LoRA+ rates and AdaLoRA do not work with it",
                     hint="choose another optimizer, or other kinds of bands",
                 )
             return super().create_optimizer(model)

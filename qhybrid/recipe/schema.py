@@ -84,6 +84,13 @@ class AdaLoraSection(Section):
     beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
     regularizer_weight: Annotated[float, Field(ge=0)] = 0.1  # gamma
+    regularizer_in_scores: bool = False  # the paper's scores: of the whole objective, not of the task alone
+
+    @model_validator(mode="after")
+    def _scores_need_a_regularizer(self) -> Self:
+        if self.regularizer_in_scores and self.regularizer_weight == 0:
+            raise ValueError("regularizer_in_scores has no effect with regularizer_weight 0")
+        return self
 
 
 class BandSection(Section):

@@ -74,7 +74,7 @@ def run_sft(
     begin(run, recipe, data.train._fingerprint)
     write_atomically(run.layout_file, layout.to_json())
     write_atomically(run.audit_file, json.dumps(data.audit.to_dict(), indent=2, ensure_ascii=False) + "\n")
-    _announce(console, recipe, layout, data, run)
+    _announce(console, recipe, layout, data, run, limit_vram(recipe.memory.vram))
 
     events = EventLog(run.events_file)
     try:
@@ -205,7 +205,9 @@ def _figures(trainer: BandedTrainer, events: EventLog, run: Run, seconds: float)
     return figures
 
 
-def _announce(console: Console, recipe: Recipe, layout: Layout, data: PreparedData, run: Run) -> None:
+def _announce(
+    console: Console, recipe: Recipe, layout: Layout, data: PreparedData, run: Run, notice: str | None
+) -> None:
     """What is about to happen, in a few lines."""
 
     def line(text: str) -> None:
@@ -226,7 +228,6 @@ def _announce(console: Console, recipe: Recipe, layout: Layout, data: PreparedDa
     line(data.audit.to_text())
     if data.eval is not None and recipe.training.eval_strategy == "no":
         line("note: evaluation rows are given, but training.eval_strategy is no: they are not looked at")
-    notice = limit_vram(recipe.memory.vram)
     if notice:
         line(f"note: {notice}")
     line(f"run      {run.folder}" + (f", resumed from {run.resume_from.name}" if run.resume_from else ""))

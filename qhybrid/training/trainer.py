@@ -93,6 +93,17 @@ class BandedTrainer(SFTTrainer):
         self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """As transformers'; what it refuses is a mistake in the recipe."""
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except (TypeError, ValueError, KeyError) as error:  # lr_scheduler_kwargs that are unknown or missing
+            name = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+            raise RecipeError(
+                f"training.lr_scheduler_type {name}: {' '.join(str(error).split())}",
+                hint="look at training.lr_scheduler_kwargs and training.warmup_steps",
+            ) from None
+
     # ---- AdaLoRA ----
 
     def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint):
@@ -155,12 +166,16 @@ class BandedTrainer(SFTTrainer):
         scaler = getattr(self.accelerator, "scaler", None)
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
         for band, allocator in zip(self._adalora_bands(), self.allocators, strict=True):
-            if self.state.global_step < allocator.schedule.last_allocation:
+            settings = band.schedule
+            still_choosing = self.state.global_step < allocator.schedule.last_allocation
+            if still_choosing and not settings.regularizer_in_scores:
                 allocator.observe(scale)
-            if band.schedule.regularizer_weight > 0:
+            if settings.regularizer_weight > 0:
                 triplets = [self._triplets[row.module] for row in self.layout.of_band(band.band)]
                 pairs = [(t.p, t.q) for t in triplets]
-                self.step_regularizer += add_regularizer(pairs, band.schedule.regularizer_weight, scale).item()
+                self.step_regularizer += add_regularizer(pairs, settings.regularizer_weight, scale).item()
+            if still_choosing and settings.regularizer_in_scores:
+                allocator.observe(scale)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)

@@ -8,7 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import THREE_BANDS, chat_rows, write_rows
+
+from qhybrid.cli import main
 
 
 def qhybrid(*arguments, cwd=None, **environment):
@@ -175,3 +178,27 @@ def test_trackers_through_report_to(project):
 
     log = EventAccumulator(str(project / "tb")).Reload()
     assert [event.step for event in log.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_running_out_of_memory_is_one_message(monkeypatch, capsys, error):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(main.cli, "main", fail)
+    with pytest.raises(SystemExit) as caught:
+        main.main([])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("error: out of memory\nhint: ")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(main.cli, "main", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main.main([])

@@ -127,6 +127,33 @@ def test_the_regulariser_is_there_and_ignores_accumulation(tmp_path, tiny_model_
     assert one[-1]["regularizer"] < one[0]["regularizer"]  # it is minimised
 
 
+def test_scores_with_the_regulariser_are_those_of_the_whole_objective(tmp_path, tiny_model_folder, monkeypatch):
+    """The paper's scores: autograd through task loss + gamma·R gives the same gradients that are observed."""
+    from qhybrid.adapters.allocator import RankAllocator
+
+    observed: dict[bool, dict] = {}
+    for in_scores in (False, True):
+
+        def keep(self, gradient_scale=1.0, in_scores=in_scores):
+            grads = {n: (t.p.detach().clone(), t.p.grad.clone()) for n, t in self._modules.items()}
+            observed.setdefault(in_scores, grads)
+
+        monkeypatch.setattr(RankAllocator, "observe", keep)
+        settings = {"regularizer_weight": 0.3, "regularizer_in_scores": in_scores}
+        bands = [{"layers": "all", "kind": "adalora", "rank": 2, "adalora": settings}]
+        loaded = run_recipe(
+            tmp_path / str(in_scores), tiny_model_folder, adapters=bands, training={"max_steps": 4}
+        )
+        run_sft(loaded, console=QUIET)
+    for module, (p, task) in observed[False].items():
+        wide = p.double().requires_grad_()
+        penalty = (wide.T @ wide - torch.eye(p.shape[1], dtype=torch.float64)).square().sum()
+        (gradient,) = torch.autograd.grad(0.3 * penalty / len(observed[False]), wide)
+        torch.testing.assert_close(
+            observed[True][module][1].double(), task.double() + gradient, rtol=1e-5, atol=1e-8
+        )
+
+
 def test_a_regulariser_of_zero_leaves_it_out(tmp_path, tiny_model_folder):
     bands = [{"layers": "all", "kind": "adalora", "rank": 2, "adalora": {"regularizer_weight": 0}}]
     result = run_sft(run_recipe(tmp_path, tiny_model_folder, adapters=bands), console=QUIET)

@@ -27,6 +27,13 @@ def test_too_few_steps_for_adalora_is_told_before_training(tmp_path, tiny_model_
     assert "'ada'" in str(caught.value) and "10 optimizer steps" in str(caught.value)
 
 
+def test_what_only_the_scheduler_refuses_is_a_mistake_in_the_recipe(tmp_path, tiny_model_folder):
+    training = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lrate": 1e-5}}
+    with pytest.raises(RecipeError, match=r"cosine_with_min_lr: .*min_lr") as caught:
+        run_sft(run_recipe(tmp_path, tiny_model_folder, training=training), console=QUIET)
+    assert "lr_scheduler_kwargs" in str(caught.value)
+
+
 def test_a_run_that_never_allocated_fails_and_says_why(tmp_path, tiny_model_folder):
     """Early stopping ends the run inside the warm-up."""
     bands = [{"band": "ada", "kind": "adalora", "rank": 2, "adalora": {"warmup": 0.5}}]

@@ -118,6 +118,12 @@ def test_bad_overrides(override, words):
         ("kind: adalora", "kind: dora\n    dropout: 0.1", 7, "dropout 0"),
         ("kind: adalora", "kind: lora\n    adalora: {init_rank: 9}", 7, "no effect"),
         ("kind: adalora", "kind: adalora\n    init: gaussian", 7, "no effect"),
+        (
+            "kind: adalora",
+            "kind: adalora\n    adalora: {regularizer_weight: 0, regularizer_in_scores: true}",
+            9,
+            "no effect",
+        ),
         ("kind: adalora", "kind: adalora\n    adalora: {init_rank: 4}", 7, "below the target rank"),
     ],
 )  # fmt: skip

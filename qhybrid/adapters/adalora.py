@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 INITIAL_STD = 0.02  # of P and Q, as in the authors' code
+_SMALLEST_NORM = 1e-12  # the regulariser's gradient is 0 where P and Q are orthonormal already
 
 
 def add_lambda(module: LoraLayer, adapter: str, rank: int) -> None:
@@ -63,13 +64,13 @@ def add_regularizer(
 ) -> Tensor:
     """Add the gradient of weight·R to the gradients of P and Q, and return weight·R.
 
-    R is the mean over modules of ||PᵀP − I||² + ||QQᵀ − I||² (Frobenius; eq. 4), with the closed-form gradients
-    4P(PᵀP − I) and 4(QQᵀ − I)Q, in fp32. The paper sums over the modules; the mean, which the authors' code takes
-    too, makes the weight mean the same for one band and for a whole model.
+    R is the mean of ||PᵀP − I|| and ||QQᵀ − I|| (Frobenius) over all P and Q, in fp32, as the authors' code and
+    peft compute it, so the published weights and peft's orth_reg_weight mean the same here. The paper's eq. 4 has
+    squares and a sum; with those and the same weight, R alone is above the usual clipping norm on a 7B model, and
+    clipping would then scale down the other bands' gradients with it.
 
     It is added to complete gradients instead of to the loss, so that it counts once for each optimizer step
-    whatever the accumulation, and so that importance scores can be taken from the task's gradients alone. With R
-    among them, ranks follow the shapes of the matrices: R is steepest for the smallest ones.
+    whatever the accumulation, and the caller chooses whether importance scores see it.
 
     Args:
         pairs: P (out, r) and Q (r, in) of each module, at least one, with gradients.
@@ -77,15 +78,16 @@ def add_regularizer(
         scale: what the gradients are multiplied with (a loss scaler's factor).
     """
     total = torch.zeros((), device=pairs[0][0].device)
-    step = 4 * weight * scale / len(pairs)
+    step = weight * scale / len(pairs)  # d||PᵀP − I|| = 2P(PᵀP − I)/||PᵀP − I||, and there are two of them a pair
     for p, q in pairs:
         wide_p, wide_q = p.float(), q.float()
         identity = torch.eye(q.shape[0], device=q.device)
         of_p, of_q = wide_p.T @ wide_p - identity, wide_q @ wide_q.T - identity
-        total += of_p.square().sum() + of_q.square().sum()
-        p.grad.add_((wide_p @ of_p).to(p.grad.dtype), alpha=step)
-        q.grad.add_((of_q @ wide_q).to(q.grad.dtype), alpha=step)
-    return weight * total / len(pairs)
+        norm_p, norm_q = of_p.norm(), of_q.norm()
+        total += norm_p + norm_q
+        p.grad.add_((wide_p @ of_p / norm_p.clamp_min(_SMALLEST_NORM)).to(p.grad.dtype), alpha=step)
+        q.grad.add_((of_q @ wide_q / norm_q.clamp_min(_SMALLEST_NORM)).to(q.grad.dtype), alpha=step)
+    return weight * total / (2 * len(pairs))
 
 
 def lora_factors(q: Tensor, p: Tensor, lam: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -21,8 +22,9 @@ from torch import nn
 from qhybrid.adapters.attach import ADAPTER, adapted_modules
 from qhybrid.adapters.convert import PlainModule, plain_peft_config, plain_peft_state, to_plain
 from qhybrid.adapters.dora import refresh_norms
-from qhybrid.architecture.layout import Layout
+from qhybrid.architecture.layout import Layout, first_fault
 from qhybrid.errors import AdapterError
+from qhybrid.recipe.schema import AttnImplementation, Dtype, Method
 
 WEIGHTS, LAYOUT, INFO = "adapter.safetensors", "layout.json", "adapter.json"
 FORMAT_VERSION = 1
@@ -32,14 +34,18 @@ FORMAT_VERSION = 1
 class AdapterInfo:
     """What is needed to load an adapter again: its base model and how that was loaded."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
     base_model: str  # as the recipe names it
-    base_revision: str | None
-    quantization: str  # nf4 or none
+    base_revision: str | None  # the commit, for a model from the hub
+    quantization: Method
     double_quant: bool
-    dtype: str  # of the base model's unquantised weights
-    adapter_dtype: str
+    dtype: Dtype  # of the base model's unquantised weights
+    adapter_dtype: Dtype
+    attn_implementation: AttnImplementation
     chat_template: str | None = None  # what conversations were rendered with
     system_prompt: str | None = None  # for conversations that have none
+    date: str | None = None  # what chat templates that write the date were told (ISO 8601)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -132,6 +138,8 @@ def read_adapter(folder: Path) -> tuple[Layout, AdapterInfo]:
             raise AdapterError(
                 f"format version {content.get('format_version')} is not {FORMAT_VERSION}", where=str(folder / INFO)
             )
-        return layout, AdapterInfo(**content)
-    except (ValueError, TypeError, AttributeError) as error:
+        return layout, TypeAdapter(AdapterInfo).validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise AdapterError(f"not an adapter description: {first_fault(error)}", where=str(folder / INFO)) from None
+    except (ValueError, AttributeError) as error:
         raise AdapterError(f"not an adapter description: {error}", where=str(folder / INFO)) from None

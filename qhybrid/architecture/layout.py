@@ -6,9 +6,12 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from qhybrid.errors import LayoutError
+from qhybrid.recipe.schema import Kind
 from qhybrid.units import format_count
 
 FORMAT_VERSION = 1
@@ -18,18 +21,20 @@ FORMAT_VERSION = 1
 class LayoutRow:
     """The adapter of one module. W is (out_features, in_features), A (rank, in), B (out, rank)."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
     module: str  # "model.layers.3.self_attn.q_proj"
-    layer: int
+    layer: Annotated[int, Field(ge=0)]
     target: str  # "q_proj"
-    in_features: int
-    out_features: int
+    in_features: Annotated[int, Field(ge=1)]
+    out_features: Annotated[int, Field(ge=1)]
     band: str
-    kind: str  # lora, rslora, dora or adalora
-    rank: int  # of the matrices; for AdaLoRA the initial rank
-    target_rank: int  # AdaLoRA: the band's average at the end; else equal to rank
+    kind: Kind
+    rank: Annotated[int, Field(ge=1)]  # of the matrices; for AdaLoRA the initial rank
+    target_rank: Annotated[int, Field(ge=1)]  # AdaLoRA: the band's average at the end; else equal to rank
     alpha: float
     scaling: float  # s in W + s·B·A
-    dropout: float
+    dropout: Annotated[float, Field(ge=0, lt=1)]
     init: str
     loraplus_lr_ratio: float
 
@@ -38,6 +43,15 @@ class LayoutRow:
         """Trained parameters: A and B, DoRA's magnitudes, AdaLoRA's Λ."""
         extra = {"dora": self.out_features, "adalora": self.rank}.get(self.kind, 0)
         return self.rank * (self.in_features + self.out_features) + extra
+
+
+_ROWS = TypeAdapter(tuple[LayoutRow, ...])
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong, in one line."""
+    fault = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,9 @@ class Layout:
                 raise LayoutError(
                     f"format version {content['format_version']} is not {FORMAT_VERSION}", where=where
                 )
-            return cls(tuple(LayoutRow(**row) for row in content["rows"]))
+            return cls(_ROWS.validate_json(json.dumps(content["rows"])))  # strict, and from JSON's types
+        except ValidationError as error:
+            raise LayoutError(f"not a layout: {first_fault(error)}", where=where) from None
         except (ValueError, KeyError, TypeError) as error:
             raise LayoutError(f"not a layout: {error}", where=where) from None
 

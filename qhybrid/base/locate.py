@@ -63,6 +63,11 @@ def tokenizer_folder(model: ModelSection) -> Path:
     return _as_folder(_locate(model.tokenizer, None, tokenizer_only=True))
 
 
+def hub_commit(folder: Path) -> str | None:
+    """The commit of a model folder in the Hugging Face cache; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The .safetensors files that hold the weights of a Hugging Face folder, each existing.
 

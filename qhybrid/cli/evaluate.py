@@ -18,6 +18,10 @@ from qhybrid.errors import DataError, ModelError
     "--quantization", type=click.Choice(["nf4", "none"]), help="Of the base model; nf4 unless the adapter says."
 )
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of the base model.")
+@click.option(
+    "--attn-implementation", type=click.Choice(["sdpa", "eager", "flash_attention_2", "flash_attention_3"]),
+    help="Of the base model; sdpa unless the adapter says.",
+)  # fmt: skip
 @click.option("--format", "row_format", default="auto", show_default=True, help="The format of the rows.")
 @click.option("--columns", multiple=True, metavar="OURS=THEIRS", help="Map a column, as in prompt=question.")
 @click.option("--chat-template", help="chatml, alpaca or a .jinja file; the model's own by default.")
@@ -33,6 +37,7 @@ def command(
     adapter: str | None,
     quantization: str | None,
     dtype: str | None,
+    attn_implementation: str | None,
     row_format: str,
     columns: tuple[str, ...],
     chat_template: str | None,
@@ -51,9 +56,10 @@ def command(
     source = _source(data, row_format, columns, limit)
     if not model and not adapter:
         raise ModelError("nothing to evaluate", hint="give --model or --adapter")
-    if adapter and (quantization or dtype):
+    if adapter and (quantization or dtype or attn_implementation):
         raise ModelError(
-            "an adapter knows its quantization and dtype", hint="leave --quantization and --dtype out"
+            "an adapter knows how its base model is loaded",
+            hint="leave --quantization, --dtype and --attn-implementation out",
         )
     if predictions and Path(predictions).exists():
         raise DataError(f"{predictions} exists already", hint="choose another name; nothing was changed")
@@ -78,14 +84,20 @@ def command(
         folder = Path(adapter)
         folder = folder / "adapter" if (folder / "run.json").is_file() else folder
         loaded, tokenizer, info = load_adapter_for_inference(folder, model)
-        system_prompt = info.system_prompt
+        system_prompt, date = info.system_prompt, info.date
     else:
-        section = ModelSection.model_validate({"path": model, "dtype": dtype or "bfloat16"})
+        given = {"path": model, "dtype": dtype, "attn_implementation": attn_implementation}
+        section = ModelSection.model_validate({name: value for name, value in given.items() if value})
         nf4 = QuantizationSection.model_validate({"method": quantization or "nf4"})
         loaded, tokenizer = load_base_for_inference(section, nf4)
-        system_prompt = None
+        system_prompt = date = None
     rows, audit = prepare_file(
-        source, tokenizer, chat_template=chat_template, base_folder=Path(), system_prompt=system_prompt
+        source,
+        tokenizer,
+        chat_template=chat_template,
+        base_folder=Path(),
+        system_prompt=system_prompt,
+        date=date,
     )
     if audit.dropped:
         console.print(f"note: {audit.dropped} of {audit.rows_in} rows cannot be used", highlight=False)
@@ -101,7 +113,13 @@ def command(
         )
     if predictions:
         lines = [
-            {"prompt": a.prompt, "expected": a.expected, "generated": a.generated, "exact": a.is_exact}
+            {
+                "prompt": a.prompt,
+                "expected": a.expected,
+                "generated": a.generated,
+                "exact": a.is_exact,
+                "cut_off": a.is_cut_off,
+            }
             for a in scores.answers
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -113,6 +131,7 @@ def command(
         "perplexity": scores.perplexity,
         "exact_match": scores.exact_match,
         "answers": len(scores.answers),
+        "answers_cut_off": sum(answer.is_cut_off for answer in scores.answers),
     }
     if as_json:
         click.echo(json.dumps(figures))
@@ -123,6 +142,12 @@ def command(
     if scores.exact_match is not None:
         right = sum(answer.is_exact for answer in scores.answers)
         click.echo(f"exact match   {scores.exact_match:.1%} ({right} of {len(scores.answers)})")
+        if figures["answers_cut_off"]:
+            click.echo(
+                f"note: {figures['answers_cut_off']} answers were cut off at {max_new_tokens} tokens "
+                "(--max-new-tokens)",
+                err=True,
+            )
     elif not no_generation:
         click.echo("exact match   not measured: the rows have no prompt")
 
@@ -142,7 +167,10 @@ def _source(data: str, row_format: str, columns: tuple[str, ...], limit: int | N
         pairs[ours] = theirs
     try:
         return SourceSection.model_validate({"path": data, "format": row_format, "columns": pairs, "limit": limit})
-    except ValidationError:
+    except ValidationError as error:
+        if not data:
+            raise DataError("the name of the data file is empty") from None
+        assert error.errors()[0]["loc"] == ("format",), error
         raise DataError(
             f"--format {row_format!r} is not known",
             hint="auto, text, prompt_completion, messages, alpaca or sharegpt",

@@ -65,7 +65,8 @@ def show(recipe: str, overrides: tuple[str, ...], layout: bool, config: str | No
 @click.argument("name")
 @click.argument("target", default=".", type=click.Path())
 def copy(name: str, target: str) -> None:
-    """Copy the shipped recipe NAME to TARGET (a file or a folder), to change it."""
+    """Copy the shipped recipe NAME to TARGET (a file or a folder), to change it; its data files come along."""
+    from qhybrid.recipe.load import load_recipe
     from qhybrid.recipe.shipped import find_shipped, shipped_names
 
     source = find_shipped(name)
@@ -78,8 +79,18 @@ def copy(name: str, target: str) -> None:
         raise RecipeError(f"{path} exists already", hint="choose another name; nothing was changed")
     if not path.parent.is_dir():
         raise RecipeError(f"there is no folder {path.parent}")
+    recipe = load_recipe(str(source)).recipe
+    beside = {section.path for section in (*recipe.data.sources, *recipe.data.eval_sources)}
     shutil.copyfile(source, path)
     click.echo(f"wrote {path}")
+    for name in sorted(name for name in beside if (source.parent / name).is_file()):
+        data = path.parent / name
+        if data.exists():
+            click.echo(f"kept  {data}, which exists already")
+            continue
+        data.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.parent / name, data)
+        click.echo(f"wrote {data}")
 
 
 @command.command("check")

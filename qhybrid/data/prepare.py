@@ -44,6 +44,11 @@ class PreparedData:
     audit: Audit
     chat_template: str | None
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all rows, those to evaluate on included."""
+        return "-".join(rows._fingerprint for rows in (self.train, self.eval) if rows is not None)
+
 
 @dataclass(frozen=True)
 class _Source:
@@ -52,7 +57,9 @@ class _Source:
     rows: list[EncodedRow]
 
 
-def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, base_folder: Path) -> PreparedData:
+def prepare_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, base_folder: Path, date: str | None = None
+) -> PreparedData:
     """Read, check, tokenise, truncate, hold out and mix what `recipe.data` names; nothing is written to disk.
 
     The rows are final: trl takes them as they are, and at most packs them. Every row has a token that is
@@ -63,6 +70,7 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, base_fol
             completion_only_loss and assistant_only_loss.
         tokenizer: of the base model; it is not changed.
         base_folder: where relative paths are looked for after the current directory (the recipe's folder).
+        date: what chat templates that write the date are told (ISO 8601); today when left out.
 
     Raises:
         DataError: a source cannot be read, has no known format, or has more unusable rows than
@@ -70,7 +78,9 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, base_fol
     """
     template = resolve_chat_template(recipe, tokenizer, base_folder)
     system_prompt = recipe.data.system_prompt
-    encoder = RowEncoder(tokenizer, recipe.training, chat_template=template, system_prompt=system_prompt)
+    encoder = RowEncoder(
+        tokenizer, recipe.training, chat_template=template, system_prompt=system_prompt, date=date
+    )
     limit = recipe.data.max_dropped_fraction
     train = [_prepare_source(section, encoder, limit, base_folder) for section in recipe.data.sources]
     evaluation = [_prepare_source(section, encoder, limit, base_folder) for section in recipe.data.eval_sources]
@@ -103,18 +113,20 @@ def prepare_file(
     chat_template: str | None,
     base_folder: Path,
     system_prompt: str | None = None,
+    date: str | None = None,
 ) -> tuple[list[EncodedRow], SourceAudit]:
     """Read, check and tokenise one source as for training, for evaluation without a recipe.
 
     Args:
         chat_template: a built-in name or a .jinja file; None takes the tokenizer's own.
+        date: what chat templates that write the date are told (ISO 8601); today when left out.
 
     Raises:
         DataError: as `prepare_data`, but only a source without any usable row is refused.
     """
     template = chat_template_text(chat_template, None, tokenizer, base_folder)
     training = TrainingSection(max_length=None)
-    encoder = RowEncoder(tokenizer, training, chat_template=template, system_prompt=system_prompt)
+    encoder = RowEncoder(tokenizer, training, chat_template=template, system_prompt=system_prompt, date=date)
     source = _prepare_source(section, encoder, 1.0, base_folder)
     return source.rows, source.audit
 

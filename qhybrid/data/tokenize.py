@@ -55,6 +55,7 @@ class RowEncoder:
         *,
         chat_template: str | None,
         system_prompt: str | None = None,
+        date: str | None = None,
     ) -> None:
         if training.eos_token is not None and training.eos_token not in tokenizer.get_vocab():
             raise DataError(
@@ -65,7 +66,7 @@ class RowEncoder:
         self._training = training
         self._eos_token = training.eos_token or tokenizer.eos_token
         self._system_prompt = system_prompt
-        self._renderer = ChatRenderer(tokenizer, chat_template, self._eos_token) if chat_template else None
+        self._renderer = ChatRenderer(tokenizer, chat_template, self._eos_token, date) if chat_template else None
         self._packing_splits = training.packing and training.packing_strategy in ("bfd_split", "wrapped")
         self._turn_end_checked = False
         self.warnings: list[str] = []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import groupby, pairwise
 
 from jinja2 import TemplateError
@@ -11,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qhybrid.data.rows import TURN_DIFFERS, TURN_MISSING, ConversationRow, RowFault
 
+_DATE_CALL = re.compile(r"""\bstrftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 # What a template raises by itself, and what the Python in it raises on values it did not expect.
 _TEMPLATE_ERRORS = (
     TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError,
@@ -36,9 +40,11 @@ class ChatRenderer:
     conversation up to it ends; so the end-of-turn token is part of the turn and the role header is not.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, eos_token: str | None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, eos_token: str | None, date: str | None = None
+    ) -> None:
         self._tokenizer = tokenizer
-        self._template = template
+        self._template = template if date is None else _with_date(template, date)
         self._control_tokens = [token for token in tokenizer.get_added_vocab() if len(token) > 1]
         self._variables = {} if eos_token is None else {"eos_token": eos_token}
 
@@ -144,6 +150,15 @@ class ChatRenderer:
         if len(runs) != sum(role == "assistant" for role, _ in messages):
             raise RowFault(TURN_DIFFERS)
         return [(run[0][1][0], run[-1][1][1]) for run in runs]
+
+
+def _with_date(template: str, date: str) -> str:
+    """`template` with `date` (ISO 8601) in the place of today's, which would give other rows on another day.
+
+    transformers gives templates a function strftime_now and lets no caller replace it, so its calls are.
+    """
+    day = datetime.fromisoformat(date)
+    return _DATE_CALL.sub(lambda call: json.dumps(day.strftime(call["format"])), template)
 
 
 def _as_dicts(messages: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

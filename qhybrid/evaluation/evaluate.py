@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qhybrid.adapters.dora import hold_norms
 from qhybrid.data.tokenize import IGNORED_LABEL, EncodedRow
@@ -35,6 +35,7 @@ class Answer:
     prompt: str
     expected: str
     generated: str
+    is_cut_off: bool  # max_new_tokens came before an end token
 
     @property
     def is_exact(self) -> bool:
@@ -93,12 +94,19 @@ def evaluate(
 
 @contextlib.contextmanager
 def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
+    """Without dropout, and without the model's own taste in generation.
+
+    `generate` fills what a call leaves out from the model's generation_config, such as a repetition penalty,
+    which changes greedy answers that have to copy from the prompt.
+    """
+    was_training, own_config = model.training, model.generation_config
     model.eval()
+    model.generation_config = GenerationConfig(eos_token_id=own_config.eos_token_id)
     try:
         yield
     finally:
         model.train(was_training)
+        model.generation_config = own_config
 
 
 def _batches(
@@ -147,17 +155,14 @@ def _generate(
     stops = {tokenizer.eos_token_id}
     configured = getattr(model.generation_config, "eos_token_id", None)
     stops |= set(configured if isinstance(configured, list) else [configured])
+    stops.discard(None)
     output = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
         pad_token_id=pad,
-        eos_token_id=sorted(token for token in stops if token is not None),
+        eos_token_id=sorted(stops),
     )
 
     def text(tokens: Sequence[int]) -> str:
@@ -168,6 +173,7 @@ def _generate(
             prompt=tokenizer.decode(prompt),
             expected=text([token for token in row.labels[answer_start(row) :].tolist() if token != IGNORED_LABEL]),
             generated=text(produced[longest:].tolist()),
+            is_cut_off=len(produced) == longest + max_new_tokens and stops.isdisjoint(produced[longest:].tolist()),
         )
         for row, prompt, produced in zip(batch, prompts, output, strict=True)
     ]

@@ -43,6 +43,7 @@ def load_adapter_for_inference(
             "revision": None if base else info.base_revision,
             "dtype": info.dtype,
             "adapter_dtype": info.adapter_dtype,
+            "attn_implementation": info.attn_implementation,
         }
     )
     quantization = QuantizationSection.model_validate(

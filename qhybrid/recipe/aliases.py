@@ -149,6 +149,9 @@ def translate(source: Source) -> tuple[dict[str, Any], dict[Path, Path], list[st
         where = source.where((key,))
         notices.append(f"{where}: {key} is read as {'.'.join(target)}")
         if target[0] == "adapters":
+            other, before = band_settings.get(target[1], (key, value))
+            if before != value:
+                raise RecipeError(f"{other} and {key} say different things about {target[1]}", where=where)
             band_settings[target[1]] = (key, value)
             return
         section = values.setdefault(target[0], {})
@@ -159,7 +162,6 @@ def translate(source: Source) -> tuple[dict[str, Any], dict[Path, Path], list[st
         section[target[1]] = value
         origins[target] = (key,)
 
-    # Copies: the parsed values may be shared through YAML anchors.
     for key, value in source.values.items():
         if key in _sections():
             values[key] = dict(value) if isinstance(value, dict) else value
@@ -181,7 +183,10 @@ def translate(source: Source) -> tuple[dict[str, Any], dict[Path, Path], list[st
             values[key] = value  # unknown: the schema says so, with the nearest name
 
     _rename_inside(values, origins, notices, source)
-    _apply_to_bands(values, origins, band_settings)
+    model = values.get("model")
+    if source.values.get("bf16") is False and isinstance(model, dict) and "dtype" not in model:
+        put(("model", "dtype"), "float32", "bf16")  # neither half precision: what is left is single
+    _apply_to_bands(values, origins, band_settings, source)
     return values, origins, notices
 
 
@@ -233,16 +238,21 @@ def _rename_inside(values: dict, origins: dict, notices: list, source: Source) -
             data[key] = renamed
 
 
-def _apply_to_bands(values: dict, origins: dict, settings: dict[str, tuple[str, Any]]) -> None:
+def _apply_to_bands(values: dict, origins: dict, settings: dict[str, tuple[str, Any]], source: Source) -> None:
     """Flat adapter settings describe one band over all layers, or fill what the bands leave out."""
     if not settings:
         return
     bands = values.setdefault("adapters", [{"band": "all", "layers": "all"}])
     if not isinstance(bands, list):
         return
-    for index, band in enumerate(bands):
-        if isinstance(band, dict):
-            for name, (key, value) in settings.items():
-                if name not in band:
-                    band[name] = value
-                    origins[("adapters", index, name)] = (key,)
+    for name, (key, value) in settings.items():
+        without = [index for index, band in enumerate(bands) if isinstance(band, dict) and name not in band]
+        if bands and not without:
+            raise RecipeError(
+                f"{key} has no effect: every band of adapters has its own {name}",
+                where=source.where((key,)),
+                hint=f"remove {key}",
+            )
+        for index in without:
+            bands[index][name] = value
+            origins[("adapters", index, name)] = (key,)

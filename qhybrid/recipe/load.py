@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from qhybrid.errors import RecipeError
 from qhybrid.recipe.aliases import translate
 from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.shipped import find_shipped, shipped_names
+from qhybrid.recipe.training_fields import OWNED_ELSEWHERE
 from qhybrid.recipe.yaml_source import MAX_BYTES, Source, dump_yaml, parse_value, parse_yaml
 from qhybrid.recipe.yaml_source import Path as KeyPath
 
@@ -89,15 +90,9 @@ def dump_recipe(recipe: Recipe) -> str:
     values["training"] = {
         key: value
         for key, value in values["training"].items()
-        if value != training.model_fields[key].default or key not in _owned()
+        if value != training.model_fields[key].default or key not in OWNED_ELSEWHERE
     }
     return dump_yaml(values)
-
-
-def _owned() -> Iterable[str]:
-    from qhybrid.recipe.training_fields import OWNED_ELSEWHERE
-
-    return OWNED_ELSEWHERE
 
 
 def _find(name: str) -> Path:

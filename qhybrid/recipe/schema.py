@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -12,6 +13,8 @@ from qhybrid.units import parse_bytes
 
 Kind = Literal["lora", "rslora", "dora", "adalora"]
 Dtype = Literal["bfloat16", "float16", "float32"]
+AttnImplementation = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+Method = Literal["nf4", "none"]
 
 # Published ratios for LLaMA-class models are 2 to 4 (LoRA+, arXiv 2402.12354).
 DEFAULT_LORAPLUS_RATIO = 4.0
@@ -49,7 +52,7 @@ class ModelSection(Section):
     revision: str | None = None
     dtype: Dtype = "bfloat16"  # weights that are not quantised, and the compute type
     adapter_dtype: Dtype | None = None  # A, B, P and Q; as dtype when left out, but float32 for float16
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    attn_implementation: AttnImplementation = "sdpa"
     tokenizer: str | None = None  # another folder or hub id, when the model's own tokenizer is not wanted
 
     @property
@@ -60,14 +63,16 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _adapters_can_train(self) -> Self:
         if self.adapter_dtype == "float16":
-            raise ValueError("adapter_dtype float16 cannot be trained: use float32, or bfloat16")
+            raise ValueError("adapter_dtype float16 cannot be trained: use float32")
+        if self.dtype == "float16" and self.adapter_dtype == "bfloat16":
+            raise ValueError("adapter_dtype bfloat16 cannot be trained with dtype float16: use float32")
         return self
 
 
 class QuantizationSection(Section):
     """How the base weights are stored. NF4 with double quantisation is QLoRA (arXiv 2305.14314)."""
 
-    method: Literal["nf4", "none"] = "nf4"
+    method: Method = "nf4"
     double_quant: bool = True
 
 
@@ -262,6 +267,11 @@ class Recipe(Section):
     distributed: DistributedSection = DistributedSection()
     output_dir: Annotated[str, Field(min_length=1)]
 
+    @field_validator("output_dir")
+    @classmethod
+    def _home_is_spelt_out(cls, value: str) -> str:
+        return os.path.expanduser(value)
+
     @model_validator(mode="before")
     @classmethod
     def _name_the_bands(cls, values: Any) -> Any:
@@ -286,6 +296,10 @@ class Recipe(Section):
             raise ValueError("data.chat_template and training.chat_template_path both name a template")
         has_eval = bool(self.data.eval_sources) or self.data.eval_fraction > 0
         training = self.training
+        if training.fp16 and self.model.dtype != "float16":
+            raise ValueError("training.fp16 needs model.dtype: float16")
+        if training.bf16 and self.model.dtype != "bfloat16":
+            raise ValueError("training.bf16 needs model.dtype: bfloat16")
         if training.eval_strategy != "no" and not has_eval:
             raise ValueError("training.eval_strategy needs data.eval_sources or data.eval_fraction")
         if training.eval_strategy == "no" and training.early_stopping_patience is not None:
@@ -294,6 +308,10 @@ class Recipe(Section):
             raise ValueError("training.save_strategy best needs training.eval_strategy")
         if training.early_stopping_threshold and training.early_stopping_patience is None:
             raise ValueError("training.early_stopping_threshold has no effect without early_stopping_patience")
+        if training.eval_steps is not None and training.eval_strategy != "steps":
+            raise ValueError("training.eval_steps has no effect without training.eval_strategy: steps")
+        if training.packing_strategy != "bfd" and not (training.packing or training.eval_packing):
+            raise ValueError("training.packing_strategy has no effect without training.packing")
         if training.metric_for_best_model not in (None, "loss", "eval_loss"):
             raise ValueError("training.metric_for_best_model: only eval_loss is measured during training")
         if training.packing and training.max_length is None:

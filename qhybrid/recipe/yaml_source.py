@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -180,7 +181,8 @@ def _from_events(text: str, name: str, lines: dict[Path, int]) -> Any:
                 raise RecipeError(f"the alias *{event.anchor} has no anchor before it", where=here)
             value, size = anchors[event.anchor]
             num_nodes += size
-            place(value, size, line)
+            if num_nodes <= MAX_NODES:
+                place(copy.deepcopy(value), size, line)  # or an override of one place would change the others
         elif isinstance(event, yaml.ScalarEvent):
             value = parse_scalar(event.value) if event.implicit[0] else event.value  # [0]: not quoted
             if stack and isinstance(stack[-1].container, list):

@@ -46,11 +46,14 @@ def newest_sealed(folder: Path) -> Path | None:
     return next((one for one in sorted(found, key=step_of, reverse=True) if is_whole(one)), None)
 
 
-def prune(folder: Path, *, limit: int | None, keep: Path | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, but never `keep` (the best one)."""
+def prune(folder: Path, *, newest: int, limit: int | None, keep: Path | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`, but never `keep` (the best one).
+
+    Those after step `newest`, which was just sealed, do not count: they were damaged when the run was resumed.
+    """
     if limit is None:
         return
-    found = sorted((c for c in folder.glob("checkpoint-*") if step_of(c) >= 0), key=step_of)
+    found = sorted((c for c in folder.glob("checkpoint-*") if 0 <= step_of(c) <= newest), key=step_of)
     kept = [c for c in found if keep is not None and c.resolve() == keep.resolve()]
     others = [c for c in found if c not in kept]
     for old in others[: max(0, len(found) - max(limit, 1 + len(kept)))]:

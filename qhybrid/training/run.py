@@ -8,9 +8,12 @@ adapter/         the result
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +28,8 @@ from qhybrid.training.checkpoint import newest_sealed
 from qhybrid.training.events import read_events
 
 Status = Literal["running", "finished", "failed"]
+_LEFT_BY_A_RUN = ("adapter", "checkpoints", "events.jsonl", "audit.json", "layout.json", "recipe.yaml", "run.json")
+_REPLACED = ".replaced"  # an earlier run, until its successor has taken a step
 LIBRARIES = ("qhybrid", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -51,6 +56,7 @@ class Run:
             "status": status,
             "versions": versions(),
             "process": {"pid": process.pid, "started": process.create_time()},
+            "date": before.get("date"),
             "data_fingerprint": before.get("data_fingerprint"),
             **facts,
         }
@@ -63,16 +69,19 @@ class Run:
             content = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        ours = isinstance(content, dict) and "status" in content and "qhybrid" in content.get("versions", {})
-        return content if ours else None
+        if not isinstance(content, dict) or not isinstance(content.get("versions"), dict):
+            return None
+        return content if "status" in content and "qhybrid" in content["versions"] else None
 
 
-def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> Run:
-    """Take the recipe's output_dir for a run, without ever losing what lies there.
+@contextmanager
+def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator[Run]:
+    """Take the recipe's output_dir for a run, without ever losing what lies there; no other process gets it.
 
     Args:
         resume: go on from the newest sealed checkpoint if there is one; start afresh in an empty folder.
-        overwrite: remove an earlier run of qhybrid in that folder first.
+        overwrite: set an earlier run of qhybrid in that folder aside. `discard_replaced` removes it once the
+            new run has taken a step; until then it comes back when the new one fails.
 
     Raises:
         RunFolderError: as `check_claim`; or the folder cannot be written, or the checkpoint has no optimizer.
@@ -80,18 +89,73 @@ def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> Run:
     check_claim(recipe, resume=resume, overwrite=overwrite)
     run = Run(Path(recipe.output_dir))
     try:
-        if overwrite and run.folder.exists():
-            shutil.rmtree(run.folder)
         run.folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run.folder, os.O_RDONLY)
     except OSError as error:
         raise RunFolderError(f"output_dir {run.folder} cannot be written: {error.strerror}") from None
-    checkpoint = newest_sealed(run.checkpoints) if resume else None
-    if checkpoint is not None and not (checkpoint / "optimizer.pt").is_file():
-        raise RunFolderError(
-            f"{checkpoint} holds no optimizer state (training.save_only_model), so it cannot be resumed exactly",
-            hint="its adapter can be evaluated; start a new run in another output_dir",
-        )
-    return Run(run.folder, resume_from=checkpoint)
+    try:
+        _lock(lock, run.folder)
+        _bring_back(run.folder)  # left by a run that was killed before its first step
+        check_claim(recipe, resume=resume, overwrite=overwrite)
+        if overwrite:
+            _set_aside(run.folder)
+        checkpoint = newest_sealed(run.checkpoints) if resume else None
+        if checkpoint is not None and not (checkpoint / "optimizer.pt").is_file():
+            raise RunFolderError(
+                f"{checkpoint} holds no optimizer state (training.save_only_model)",
+                hint="it cannot be resumed exactly, only evaluated; start a new run in another output_dir",
+            )
+        yield Run(run.folder, resume_from=checkpoint)
+    finally:
+        _bring_back(run.folder)
+        os.close(lock)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    """Hold the folder until the descriptor is closed, or the process ends in whatever way."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _going_on(folder, "another process") from None
+    except OSError:
+        pass  # a file system without locks; run.json still tells of a run that is going on
+
+
+def _going_on(folder: Path, who: str) -> RunFolderError:
+    return RunFolderError(
+        f"a run is going on in output_dir {folder} ({who})", hint="wait for it, or choose another output_dir"
+    )
+
+
+def _set_aside(folder: Path) -> None:
+    """Move what a run leaves below `.replaced`; files of the user's own stay where they are."""
+    aside = folder / _REPLACED
+    aside.mkdir()
+    for name in _LEFT_BY_A_RUN:
+        if (folder / name).exists():
+            (folder / name).rename(aside / name)
+
+
+def _bring_back(folder: Path) -> None:
+    """Undo `_set_aside`, unless the new run got so far that the old one was discarded."""
+    aside = folder / _REPLACED
+    if not aside.is_dir():
+        return
+    for item in aside.iterdir():
+        newer = folder / item.name
+        if newer.is_dir():
+            shutil.rmtree(newer)
+        item.replace(newer)
+    aside.rmdir()
+
+
+def discard_replaced(run: Run) -> None:
+    """Remove the run that this one replaces, for good."""
+    aside, doomed = run.folder / _REPLACED, run.folder / f"{_REPLACED}.old"
+    if aside.is_dir():
+        aside.rename(doomed)  # in one step: half a run must not come back
+    if doomed.is_dir():
+        shutil.rmtree(doomed)
 
 
 def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -108,6 +172,8 @@ def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         raise RunFolderError(f"output_dir {run.folder} is a file", hint="choose another output_dir")
     if not run.folder.exists() or not any(run.folder.iterdir()):
         return
+    if (run.folder / _REPLACED).is_dir() and run.status is None:
+        return  # killed while a run was set aside or brought back; `claim` brings it back, and asks again
     status = run.status
     if status is None:
         raise RunFolderError(
@@ -115,10 +181,7 @@ def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
             hint="choose another output_dir; nothing was changed",
         )
     if status["status"] == "running" and _is_alive(status.get("process", {})):
-        raise RunFolderError(
-            f"a run is going on in output_dir {run.folder} (process {status['process']['pid']})",
-            hint="wait for it, or choose another output_dir",
-        )
+        raise _going_on(run.folder, f"process {status['process']['pid']}")
     if overwrite or (status["status"] != "finished" and not _has_trained(run)):
         return
     if not resume:
@@ -187,8 +250,12 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def begin(run: Run, recipe: Recipe, data_fingerprint: str) -> None:
+def begin(run: Run, recipe: Recipe, data_fingerprint: str, date: str) -> None:
     """Write what is known before training.
+
+    Args:
+        data_fingerprint: of the rows to train and to evaluate on.
+        date: what chat templates that write the date were told (ISO 8601).
 
     Raises:
         RunFolderError: the run that is to be resumed was trained on other rows.
@@ -200,7 +267,7 @@ def begin(run: Run, recipe: Recipe, data_fingerprint: str) -> None:
             hint="bring the old data files back, or start a new run in another output_dir",
         )
     write_atomically(run.recipe_file, dump_recipe(recipe))
-    run.write_status("running", data_fingerprint=data_fingerprint)
+    run.write_status("running", data_fingerprint=data_fingerprint, date=date)
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 import time
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import read_spec
 from qhybrid.base.load import load_base
-from qhybrid.base.locate import model_folder
+from qhybrid.base.locate import hub_commit, model_folder
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import PreparedData, prepare_data
 from qhybrid.errors import AllocationError, RecipeError, TrainingError
@@ -27,6 +29,7 @@ from qhybrid.recipe.schema import Recipe
 from qhybrid.training.arguments import training_arguments
 from qhybrid.training.callbacks.allocate import AllocateRanks
 from qhybrid.training.callbacks.record import RecordSteps
+from qhybrid.training.callbacks.replace import DiscardReplaced
 from qhybrid.training.display import ProgressDisplay
 from qhybrid.training.events import EventLog, read_events
 from qhybrid.training.memory import limit_vram, measured_memory, process_peak_bytes
@@ -61,38 +64,48 @@ def run_sft(
     console = console or Console()
     recipe = resolve(loaded.recipe)
     preflight(recipe, base_folder=loaded.folder, resume=resume, overwrite=overwrite)
-    finished = Run(Path(recipe.output_dir)).status if resume else None
-    if finished and finished["status"] == "finished":
+    before = Run(Path(recipe.output_dir)).status if resume else None
+    if before and before["status"] == "finished":
         console.print(f"{recipe.output_dir} holds the finished run of this recipe; nothing to do", highlight=False)
-        return SftResult(Run(Path(recipe.output_dir)), finished["figures"])
-    # Everything that may be refused comes before the folder is claimed.
-    layout = build_layout(recipe.adapters, read_spec(model_folder(recipe.model)))
+        return SftResult(Run(Path(recipe.output_dir)), before["figures"])
+    # What needs no model is looked at before the folder is claimed.
+    base = model_folder(recipe.model)
+    layout = build_layout(recipe.adapters, read_spec(base))
     training_arguments(recipe, Path(recipe.output_dir))
     tokenizer = load_tokenizer(recipe.model)
-    data = prepare_data(recipe, tokenizer, base_folder=loaded.folder)
-    run = claim(recipe, resume=resume, overwrite=overwrite)
-    begin(run, recipe, data.train._fingerprint)
-    write_atomically(run.layout_file, layout.to_json())
-    write_atomically(run.audit_file, json.dumps(data.audit.to_dict(), indent=2, ensure_ascii=False) + "\n")
-    _announce(console, recipe, layout, data, run, limit_vram(recipe.memory.vram))
-
-    events = EventLog(run.events_file)
-    try:
-        figures = _train(recipe, layout, data, tokenizer, run, events, console)
-    except BaseException as error:
-        events.write("failed", error=type(error).__name__, message=str(error))
-        run.write_status("failed", error=type(error).__name__)
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise _out_of_memory(error) from None
-        raise
-    finally:
-        events.close()
-    run.write_status("finished", figures=figures)
+    date = (before or {}).get("date") or datetime.date.today().isoformat()
+    data = prepare_data(recipe, tokenizer, base_folder=loaded.folder, date=date)
+    with claim(recipe, resume=resume, overwrite=overwrite) as run:
+        begin(run, recipe, data.fingerprint, date)
+        write_atomically(run.layout_file, layout.to_json())
+        write_atomically(run.audit_file, json.dumps(data.audit.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        _announce(console, recipe, layout, data, run, limit_vram(recipe.memory.vram))
+        events = EventLog(run.events_file)
+        try:
+            info = _info(recipe, data, hub_commit(base), date)
+            figures = _train(recipe, layout, data, tokenizer, info, run, events, console)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                events.write("failed", error=type(error).__name__, message=str(error))
+                run.write_status("failed", error=type(error).__name__)
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise _out_of_memory(recipe, error) from None
+            raise
+        finally:
+            events.close()
+        run.write_status("finished", figures=figures)
     return SftResult(run, figures)
 
 
 def _train(
-    recipe: Recipe, layout: Layout, data: PreparedData, tokenizer, run: Run, events: EventLog, console: Console
+    recipe: Recipe,
+    layout: Layout,
+    data: PreparedData,
+    tokenizer,
+    info: AdapterInfo,
+    run: Run,
+    events: EventLog,
+    console: Console,
 ) -> dict[str, Any]:
     model = load_base(recipe.model, recipe.quantization, device="cpu" if recipe.training.use_cpu else None)
     set_seed(recipe.training.seed)  # the adapters' initial values, as in trl
@@ -108,6 +121,7 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(AllocateRanks(trainer, events))
     trainer.add_callback(RecordSteps(trainer, events, display))
+    trainer.add_callback(DiscardReplaced(run))
     if recipe.training.early_stopping_patience is not None:
         trainer.add_callback(
             EarlyStoppingCallback(
@@ -119,7 +133,6 @@ def _train(
         trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
     finally:
         display.end()
-    info = _info(recipe, data)
     save_adapter(trainer.model, layout, info, run.adapter)
     tokenizer.save_pretrained(str(run.adapter))
     _require_allocations(trainer, run)
@@ -155,25 +168,31 @@ def _require_allocations(trainer: BandedTrainer, run: Run) -> None:
             )
 
 
-def _out_of_memory(error: Exception) -> TrainingError:
+def _out_of_memory(recipe: Recipe, error: Exception) -> TrainingError:
+    if recipe.training.gradient_checkpointing:
+        first = "lower training.per_device_eval_batch_size, if it was in an evaluation, and go on"
+    else:
+        first = "set training.gradient_checkpointing=true and go on"
     return TrainingError(
         f"the GPU ran out of memory: {str(error).splitlines()[0]}",
-        hint="set training.gradient_checkpointing=true and go on with --resume auto; or start anew with "
-        "--overwrite and a smaller training.per_device_train_batch_size or training.max_length (in an "
-        "evaluation: per_device_eval_batch_size)",
+        hint=f"{first} with --resume auto; or start anew with --overwrite and a smaller "
+        "training.per_device_train_batch_size (with more gradient_accumulation_steps) or training.max_length",
     )
 
 
-def _info(recipe: Recipe, data: PreparedData) -> AdapterInfo:
+def _info(recipe: Recipe, data: PreparedData, commit: str | None, date: str) -> AdapterInfo:
+    path = recipe.model.path
     return AdapterInfo(
-        base_model=recipe.model.path,
-        base_revision=recipe.model.revision,
+        base_model=path.partition("@")[0] if commit else path,  # the commit is what "@revision" was then
+        base_revision=commit or recipe.model.revision,
         quantization=recipe.quantization.method,
         double_quant=recipe.quantization.double_quant,
         dtype=recipe.model.dtype,
         adapter_dtype=recipe.model.resolved_adapter_dtype,
+        attn_implementation=recipe.model.attn_implementation,
         chat_template=data.chat_template,
         system_prompt=recipe.data.system_prompt,
+        date=date,
         versions=versions(),
     )
 
@@ -228,6 +247,8 @@ def _announce(
     line(data.audit.to_text())
     if data.eval is not None and recipe.training.eval_strategy == "no":
         line("note: evaluation rows are given, but training.eval_strategy is no: they are not looked at")
+    if recipe.training.early_stopping_patience is not None and not recipe.training.load_best_model_at_end:
+        line("note: early stopping keeps the last adapter; training.load_best_model_at_end: true keeps the best")
     if notice:
         line(f"note: {notice}")
     line(f"run      {run.folder}" + (f", resumed from {run.resume_from.name}" if run.resume_from else ""))

@@ -34,6 +34,7 @@ from qhybrid.recipe.schema import Recipe
 from qhybrid.training.checkpoint import prune, seal
 
 ALLOCATORS = "allocators.safetensors"
+_MOST_SKIPPED_STEPS = 30  # fp16: the loss scale starts at 2^16 and is halved each time
 
 
 class BandedTrainer(SFTTrainer):
@@ -46,6 +47,7 @@ class BandedTrainer(SFTTrainer):
         self.step_loss = 0.0  # cross-entropy of the optimizer step under way
         self.step_regularizer = 0.0
         self.grad_norm = 0.0
+        self._num_non_finite = 0  # steps in a row
         self._triplets = {
             row.module: Triplets(
                 module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, module.lora_lambda[ADAPTER]
@@ -72,9 +74,7 @@ class BandedTrainer(SFTTrainer):
         try:
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         except (ImportError, ValueError) as error:  # a library that is missing, or optim_args it cannot read
-            raise RecipeError(
-                f"training.optim {self.recipe.training.optim}: {' '.join(str(error).split())}"
-            ) from None
+            raise self._refused("optim", error) from None
         if is_optimizer_factory(optimizer_class) or {"params", "model", "optimizer_dict"} & settings.keys():
             # GaLore, LOMO, Muon and their kin make their own groups.
             if any(row.loraplus_lr_ratio != 1 or row.kind == "adalora" for row in self.layout):
@@ -84,13 +84,22 @@ class BandedTrainer(SFTTrainer):
                     hint="choose another optimizer, or other kinds of bands",
                 )
             return super().create_optimizer(model)
+        if self.allocators and self.recipe.training.optim.startswith("schedule_free"):
+            raise RecipeError(
+                f"training.optim {self.recipe.training.optim} averages the weights behind the masks of AdaLoRA, "
+                "so dropped triplets would come back in the result",
+                hint="choose another optimizer, or other kinds of bands",
+            )
         groups = parameter_groups(
             self.model,
             self.layout,
             learning_rate=self.args.learning_rate,
             weight_decay=self.args.weight_decay,
         )
-        self.optimizer = optimizer_class(groups, **settings)
+        try:
+            self.optimizer = optimizer_class(groups, **settings)
+        except (TypeError, ValueError) as error:  # adam_beta1 above 1, say
+            raise self._refused("optim", error) from None
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
@@ -98,16 +107,34 @@ class BandedTrainer(SFTTrainer):
         try:
             return super().create_scheduler(num_training_steps, optimizer)
         except (TypeError, ValueError, KeyError) as error:  # lr_scheduler_kwargs that are unknown or missing
-            name = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+            hint = "look at training.lr_scheduler_kwargs and training.warmup_steps"
+            raise self._refused("lr_scheduler_type", error, hint) from None
+
+    def get_train_dataloader(self):
+        """As transformers'; what torch refuses, and batches that never fill, are mistakes in the recipe."""
+        try:
+            loader = super().get_train_dataloader()
+        except ValueError as error:
+            raise RecipeError(f"training.dataloader_…: {' '.join(str(error).split())}") from None
+        if len(loader) == 0:
             raise RecipeError(
-                f"training.lr_scheduler_type {name}: {' '.join(str(error).split())}",
-                hint="look at training.lr_scheduler_kwargs and training.warmup_steps",
-            ) from None
+                f"{len(self.train_dataset)} rows do not fill one batch of {self._train_batch_size}, and "
+                "training.dataloader_drop_last leaves the rest out",
+                hint="lower training.per_device_train_batch_size, or leave dataloader_drop_last out",
+            )
+        return loader
+
+    def _refused(self, field: str, error: Exception, hint: str | None = None) -> RecipeError:
+        given = getattr(self.recipe.training, field)
+        return RecipeError(f"training.{field} {given}: {' '.join(str(error).split())}", hint=hint)
 
     # ---- AdaLoRA ----
 
     def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint):
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._start_allocators(max_steps, resume_from_checkpoint)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _start_allocators(self, max_steps: int, resume_from_checkpoint: str | None) -> None:
         schedules = plan_schedules(self.recipe.adapters, self.layout, max_steps)
         self.allocators = [
             RankAllocator(
@@ -125,7 +152,6 @@ class BandedTrainer(SFTTrainer):
                 prefix = f"{allocator.band}:"
                 own = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
                 allocator.load_state_dict(own)
-        return prepared
 
     def _adalora_bands(self):
         return [band for band in self.recipe.adapters if band.kind == "adalora"]
@@ -180,7 +206,9 @@ class BandedTrainer(SFTTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         self.grad_norm = float(grad_norm)
-        if not math.isfinite(self.grad_norm) and not self.args.fp16:  # fp16's loss scaler skips such steps itself
+        self._num_non_finite = 0 if math.isfinite(self.grad_norm) else self._num_non_finite + 1
+        # fp16's loss scaler skips such a step and halves its factor; when that does not help, nothing will.
+        if self._num_non_finite > (_MOST_SKIPPED_STEPS if self.args.fp16 else 0):
             raise NonFiniteError(
                 f"the gradient norm is {self.grad_norm} at step {self.state.global_step + 1}; "
                 "the step was not taken",
@@ -189,23 +217,45 @@ class BandedTrainer(SFTTrainer):
         return grad_norm
 
     def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, **kwargs):
-        """As transformers'; but a checkpoint of the last step is only loaded, not trained one step further."""
+        """As transformers'; but from a checkpoint at the end, only what came after that is made up for.
+
+        transformers would train one step further.
+        """
         if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            if state.global_step >= state.max_steps:
+            if state.global_step >= state.max_steps or self._has_stopped_early(state):
                 self.state = state
+                self._start_allocators(state.max_steps, resume_from_checkpoint)
+                evaluated = {entry["step"] for entry in state.log_history if "eval_loss" in entry}
+                if self.args.eval_strategy == "epoch" and state.global_step not in evaluated:
+                    self.evaluate()
+                if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                    self._load_best_model()
                 return TrainOutput(state.global_step, 0.0, {})
         return super()._inner_training_loop(
             batch_size=batch_size, args=args, resume_from_checkpoint=resume_from_checkpoint, **kwargs
         )
 
+    def _has_stopped_early(self, state: TrainerState) -> bool:
+        stopper = state.stateful_callbacks.get("EarlyStoppingCallback")
+        if stopper is None or self.recipe.training.early_stopping_patience is None:
+            return False
+        waited = stopper["attributes"]["early_stopping_patience_counter"]
+        return waited >= self.recipe.training.early_stopping_patience
+
     def train(self, *args, **kwargs):
         """As transformers' train; DoRA's norms are computed once for each optimizer step."""
         with hold_norms(self.model):
             output = super().train(*args, **kwargs)
-        if callable(getattr(self.optimizer, "eval", None)):
-            self.optimizer.eval()  # schedule-free optimizers: the averaged weights are the result
+        self._use_averaged_weights()
         return output
+
+    def _use_averaged_weights(self) -> None:
+        """Schedule-free optimizers train on other weights than their result, which `eval` puts in place."""
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+
+    # ---- evaluation ----
 
     def evaluate(self, *args, **kwargs):
         """As trl's evaluate; the random state is put back, so that evaluating does not change the training."""
@@ -216,6 +266,29 @@ class BandedTrainer(SFTTrainer):
             metrics = super().evaluate(*args, **kwargs)
         refresh_norms(self.model)
         return metrics
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As transformers'; its loss is the cross-entropy of a token, whatever the batches and the training loss.
+
+        transformers takes the mean over batches, in which the tokens of a short batch weigh more.
+        """
+        self._log_probability, self._num_scored = 0.0, 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_loss"] = -self._log_probability / max(1, self._num_scored)
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As trl's; the log-probabilities of the batch, from trl's fused head, are added for `evaluation_loop`."""
+        outputs: list[Any] = []
+        hook = model.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+        try:
+            prediction = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            hook.remove()
+        fused = outputs[-1]  # before it comes, with label smoothing, a pass for the loss alone
+        self._log_probability += fused.log_probs.sum(dtype=torch.float64).item()
+        self._num_scored += int(fused.label_mask.sum())
+        return prediction
 
     # ---- checkpoints ----
 
@@ -228,15 +301,16 @@ class BandedTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
-        checkpoints = Path(self.args.output_dir)
-        seal(checkpoints / f"checkpoint-{self.state.global_step}")
-        best = self.state.best_model_checkpoint
-        prune(checkpoints, limit=self.recipe.training.save_total_limit, keep=Path(best) if best else None)
+        checkpoints, step = Path(self.args.output_dir), self.state.global_step
+        seal(checkpoints / f"checkpoint-{step}")
+        best, limit = self.state.best_model_checkpoint, self.recipe.training.save_total_limit
+        prune(checkpoints, newest=step, limit=limit, keep=Path(best) if best else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_weights(self.model, self.layout, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
+        self._use_averaged_weights()  # or the optimizer would do it later, to the weights that are loaded here
         load_weights(self.model, self.layout, Path(self.state.best_model_checkpoint))
 
     def create_model_card(self, *args, **kwargs) -> None:

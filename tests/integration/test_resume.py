@@ -11,8 +11,10 @@ from helpers import THREE_BANDS, run_recipe
 from rich.console import Console
 from safetensors.torch import load_file
 
+from qhybrid.base.tokenizer import load_tokenizer
+from qhybrid.data.prepare import prepare_data
 from qhybrid.errors import RunFolderError
-from qhybrid.training.checkpoint import is_whole, newest_sealed
+from qhybrid.training.checkpoint import is_whole, newest_sealed, prune, seal
 from qhybrid.training.events import read_events
 from qhybrid.training.sft import run_sft
 
@@ -126,7 +128,96 @@ def test_a_checkpoint_of_the_last_step_is_only_loaded(uninterrupted):
     assert (whole / name).read_bytes() == (result.run.folder / name).read_bytes()
 
 
-def test_changed_data_is_not_resumed(tmp_path, tiny_model_folder):
+def mark_as_crashed(run):
+    """As if the process had died after its last checkpoint."""
+    shutil.rmtree(run.adapter)
+    status = json.loads((run.folder / "run.json").read_text())
+    (run.folder / "run.json").write_text(json.dumps({**status, "status": "failed", "process": {}}))
+
+
+def test_a_crash_before_the_last_evaluation_is_made_up_for(uninterrupted):
+    loaded, whole = interrupted_at(uninterrupted, 40)
+    events = uninterrupted[1].run.events_file
+    kept = [line for line in events.read_text().splitlines() if '"eval_loss"' not in line or '"step": 20' in line]
+    events.write_text("\n".join(kept) + "\n")
+    result = run_sft(loaded, resume=True, console=QUIET)
+    (expected,) = (e for e in read_events(whole / "events.jsonl", "evaluation") if e["step"] == 40)
+    (found,) = (e for e in read_events(result.run.events_file, "evaluation") if e["step"] == 40)
+    assert found["eval_loss"] == expected["eval_loss"] == result.figures["eval_loss"]
+    assert result.figures["live_ranks"] == uninterrupted[1].figures["live_ranks"]
+
+
+@pytest.mark.parametrize("patience", [None, 1])
+def test_a_crash_before_the_adapter_was_written_still_gives_the_best_one(tmp_path, tiny_model_folder, patience):
+    """The loss falls and counts as worse for it, so the first evaluation is the best one."""
+    loaded = run_recipe(
+        tmp_path, tiny_model_folder, adapters=[{"rank": 2}],
+        training={
+            "max_steps": 8, "greater_is_better": True, "eval_strategy": "steps", "eval_steps": 2,
+            "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True,
+            "early_stopping_patience": patience,
+        },
+    )  # fmt: skip
+    result = run_sft(loaded, console=QUIET)
+    best = (result.run.adapter / "adapter.safetensors").read_bytes()
+    last = result.run.checkpoints / f"checkpoint-{result.figures['optimizer_steps']}" / "adapter.safetensors"
+    assert best != last.read_bytes()
+    assert result.figures["optimizer_steps"] == (8 if patience is None else 4)
+    mark_as_crashed(result.run)
+    again = run_sft(loaded, resume=True, console=QUIET)
+    assert (again.run.adapter / "adapter.safetensors").read_bytes() == best
+    for name in ("optimizer_steps", "eval_loss"):
+        assert again.figures[name] == result.figures[name]
+
+
+def test_pruning_leaves_the_newest_sealed_one(tmp_path):
+    """A damaged checkpoint of a later step, from before the crash, is not a newer one."""
+    for step, sealed in ((100, True), (200, True), (400, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "adapter.safetensors").write_bytes(b"weights")
+        if sealed:
+            seal(folder)
+    prune(tmp_path, newest=200, limit=1, keep=None)
+    assert newest_sealed(tmp_path).name == "checkpoint-200"
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["checkpoint-200", "checkpoint-400"]
+
+
+DATED = (
+    "{{- 'Today is ' + strftime_now('%d %B %Y') + '.\\n' }}{% for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_a_template_with_the_date_is_resumed_on_another_day(tmp_path, tiny_model_folder):
+    (tmp_path / "dated.jinja").write_text(DATED)
+    loaded = run_recipe(
+        tmp_path, tiny_model_folder, adapters=[{"rank": 2}],
+        data={"sources": str(tmp_path / "train.jsonl"), "chat_template": str(tmp_path / "dated.jinja")},
+        training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "max_length": None},
+    )  # fmt: skip
+    result = run_sft(loaded, console=QUIET)
+    mark_as_crashed(result.run)
+    shutil.rmtree(result.run.checkpoints / "checkpoint-4")
+    status = json.loads((result.run.folder / "run.json").read_text())
+    tokenizer = load_tokenizer(loaded.recipe.model)
+    old, new = (
+        prepare_data(loaded.recipe, tokenizer, base_folder=tmp_path, date=date)
+        for date in ("2001-02-03", status["date"])
+    )
+    assert old.fingerprint != new.fingerprint == status["data_fingerprint"]
+    assert "Today is 03 February 2001." in tokenizer.decode(old.train[0]["input_ids"])
+    # As if it had been started on that day, and is resumed today.
+    changed = {**status, "date": "2001-02-03", "data_fingerprint": old.fingerprint}
+    (result.run.folder / "run.json").write_text(json.dumps(changed))
+    again = run_sft(loaded, resume=True, console=QUIET)
+    assert again.run.resume_from.name == "checkpoint-2"
+    assert json.loads((again.run.adapter / "adapter.json").read_text())["date"] == "2001-02-03"
+
+
+@pytest.mark.parametrize("file", ["train.jsonl", "eval.jsonl"])
+def test_changed_data_is_not_resumed(tmp_path, tiny_model_folder, file):
     loaded = run_recipe(
         tmp_path, tiny_model_folder, adapters=[{"rank": 2}],
         training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2},
@@ -135,8 +226,8 @@ def test_changed_data_is_not_resumed(tmp_path, tiny_model_folder):
     status = json.loads((result.run.folder / "run.json").read_text())
     (result.run.folder / "run.json").write_text(json.dumps({**status, "status": "failed", "process": {}}))
     shutil.rmtree(result.run.checkpoints / "checkpoint-4")
-    rows = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "train.jsonl").write_text("".join(rows[:-1]))
+    rows = (tmp_path / file).read_text().splitlines(keepends=True)
+    (tmp_path / file).write_text("".join(rows[:-1]))
     with pytest.raises(RunFolderError, match="data of the run"):
         run_sft(loaded, resume=True, console=QUIET)
 

@@ -81,6 +81,28 @@ def test_every_band_was_trained_in_its_dtype(tmp_path, tiny_model_folder):
             assert value.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("training", [{}, {"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
+def test_evaluation_loss_is_of_a_token_whatever_the_batches(tmp_path, tiny_model_folder, training):
+    """10 rows of unequal length in batches of 3, 3, 3 and 1 or in one: the mean over batches would differ."""
+    losses = []
+    for size in (3, 16):
+        loaded = run_recipe(
+            tmp_path / str(size),
+            tiny_model_folder,
+            eval_rows=10,
+            adapters=[{"rank": 2}],
+            training={
+                "max_steps": 2,
+                "eval_strategy": "steps",
+                "eval_steps": 2,
+                "per_device_eval_batch_size": size,
+                **training,
+            },
+        )
+        losses.append(run_sft(loaded, console=QUIET).figures["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_evaluation_loss_is_the_cross_entropy(finished):
     """No regulariser in it: `qhybrid eval` on the same rows gives the same number."""
     from qhybrid.cli.evaluate import _source
@@ -147,8 +169,8 @@ def test_scores_with_the_regulariser_are_those_of_the_whole_objective(tmp_path, 
         run_sft(loaded, console=QUIET)
     for module, (p, task) in observed[False].items():
         wide = p.double().requires_grad_()
-        penalty = (wide.T @ wide - torch.eye(p.shape[1], dtype=torch.float64)).square().sum()
-        (gradient,) = torch.autograd.grad(0.3 * penalty / len(observed[False]), wide)
+        penalty = (wide.T @ wide - torch.eye(p.shape[1], dtype=torch.float64)).norm()
+        (gradient,) = torch.autograd.grad(0.3 * penalty / (2 * len(observed[False])), wide)
         torch.testing.assert_close(
             observed[True][module][1].double(), task.double() + gradient, rtol=1e-5, atol=1e-8
         )

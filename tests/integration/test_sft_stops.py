@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import run_recipe
+from helpers import make_recipe, run_recipe
 from rich.console import Console
 from safetensors.torch import load_file
 
 from qhybrid.errors import AllocationError, DataError, NonFiniteError, RecipeError, RunFolderError
 from qhybrid.training import sft
 from qhybrid.training.events import read_events
+from qhybrid.training.run import claim
 from qhybrid.training.sft import run_sft
 from qhybrid.training.trainer import BandedTrainer
 
@@ -150,6 +154,85 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(finished, tmp_p
     with pytest.raises(DataError):
         run_sft(broken, overwrite=True, console=QUIET)
     assert (result.run.adapter / "adapter.safetensors").is_file()
+
+
+def test_overwrite_brings_the_old_run_back_when_no_step_was_taken(finished, tiny_model_folder, tmp_path):
+    """A scheduler that is refused after the model was loaded; a file of the user's own is not touched at all."""
+    _, result = finished
+    folder = tmp_path / "run"
+    shutil.copytree(result.run.folder, folder)
+    (folder / "notes.txt").write_text("mine")
+    before = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    wrong = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lrate": 1e-5}}
+    with pytest.raises(RecipeError, match="cosine_with_min_lr"):
+        run_sft(run_recipe(tmp_path, tiny_model_folder, training=wrong), overwrite=True, console=QUIET)
+    assert before == {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+    run_sft(run_recipe(tmp_path, tiny_model_folder, training={"max_steps": 10}), overwrite=True, console=QUIET)
+    steps = [event["step"] for event in read_events(folder / "events.jsonl", "step")]
+    assert steps == list(range(1, 11)) and (folder / "notes.txt").read_text() == "mine"
+    assert not list(folder.glob(".replaced*"))
+
+
+def test_a_run_that_was_killed_before_its_first_step_gives_back_what_it_replaced(finished, tmp_path):
+    loaded, result = finished
+    folder = tmp_path / "run"
+    shutil.copytree(result.run.folder, folder)
+    recipe = loaded.recipe.model_copy(update={"output_dir": str(folder)})
+    before = (folder / "run.json").read_bytes()
+    with pytest.raises(RunFolderError, match="finished run"), claim(recipe, resume=False, overwrite=True) as run:
+        run.write_status("running")
+        shutil.copytree(folder, tmp_path / "killed")  # what the kill leaves
+        killed = recipe.model_copy(update={"output_dir": str(tmp_path / "killed")})
+        with claim(killed, resume=False, overwrite=False):
+            pass
+    assert (tmp_path / "killed" / "run.json").read_bytes() == before
+    assert (folder / "run.json").read_bytes() == before
+
+
+def test_two_processes_do_not_get_the_same_folder(tmp_path):
+    recipe = make_recipe(output_dir=str(tmp_path / "run"))
+    with (
+        claim(recipe, resume=True, overwrite=False),
+        pytest.raises(RunFolderError, match="going on"),
+        claim(recipe, resume=True, overwrite=False),
+    ):
+        pass
+    with claim(recipe, resume=True, overwrite=False):
+        pass
+
+
+def test_a_batch_that_never_fills_is_a_mistake_in_the_recipe(tmp_path, tiny_model_folder):
+    training = {"dataloader_drop_last": True, "per_device_train_batch_size": 64}
+    with pytest.raises(RecipeError, match="32 rows do not fill one batch of 64"):
+        run_sft(run_recipe(tmp_path, tiny_model_folder, training=training), console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"adam_beta1": 1.5}, "adamw.*beta"),
+        ({"dataloader_persistent_workers": True}, "persistent_workers"),
+    ],
+)
+def test_what_torch_refuses_is_a_mistake_in_the_recipe(tmp_path, tiny_model_folder, training, words):
+    with pytest.raises(RecipeError, match=words):
+        run_sft(run_recipe(tmp_path, tiny_model_folder, training=training), console=QUIET)
+
+
+def test_gradients_that_never_become_finite_stop_an_fp16_run():
+    """The loss scaler would skip every step to the end, and the adapter would be as it was."""
+    trainer = BandedTrainer.__new__(BandedTrainer)
+    trainer._num_non_finite, trainer.args, trainer.state = (
+        0,
+        SimpleNamespace(fp16=True),
+        SimpleNamespace(global_step=9),
+    )
+    trainer.accelerator = SimpleNamespace(distributed_type="NO")
+    for norm in [math.inf] * 30 + [1.0] + [math.nan] * 30:
+        trainer._get_grad_norm(None, norm)
+    with pytest.raises(NonFiniteError, match="step 10"):
+        trainer._get_grad_norm(None, math.nan)
 
 
 def test_a_run_that_stopped_early_says_how_many_ranks_it_has(tmp_path, tiny_model_folder):

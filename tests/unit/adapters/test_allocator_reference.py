@@ -220,14 +220,39 @@ def test_the_regulariser_and_its_gradient_match_autograd():
         one, other = p.detach().double().requires_grad_(), q.detach().double().requires_grad_()
         wide += [(p, one), (q, other)]
         identity = torch.eye(rank, dtype=torch.float64)
-        expected = expected + (one.T @ one - identity).norm() ** 2 + (other @ other.T - identity).norm() ** 2
-    expected = 0.1 * expected / 2
+        expected = expected + (one.T @ one - identity).norm() + (other @ other.T - identity).norm()
+    expected = 0.1 * expected / 4  # the mean over two P and two Q
     expected.backward()
     before = [parameter.grad.clone() for parameter, _ in wide]
     value = add_regularizer(pairs, 0.1, scale=8.0)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     for (parameter, reference), old in zip(wide, before, strict=True):
         assert torch.allclose((parameter.grad - old).double() / 8, reference.grad, atol=1e-6)
+
+
+def test_the_regulariser_of_orthonormal_factors_has_no_gradient():
+    p, q = nn.Parameter(torch.eye(8)[:, :3].contiguous()), nn.Parameter(torch.eye(9)[:3].contiguous())
+    p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
+    assert add_regularizer([(p, q)], 0.1).item() == 0
+    assert not p.grad.any() and not q.grad.any()
+
+
+def test_the_regulariser_stays_below_the_usual_clipping_norm_on_a_7b_model():
+    """Else clipping would scale down the other bands: the squares of eq. 4 give 1.13 here, above max_grad_norm."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008)]  # Llama-2-7B, one layer; rank 24
+    pairs = [
+        (
+            nn.Parameter(torch.randn(out, 24, generator=generator) * 0.02),
+            nn.Parameter(torch.randn(24, inner, generator=generator) * 0.02),
+        )
+        for out, inner in shapes
+    ]
+    for parameter in (one for pair in pairs for one in pair):
+        parameter.grad = torch.zeros_like(parameter)
+    add_regularizer(pairs, 0.1)
+    norm = torch.stack([one.grad.norm() for pair in pairs for one in pair]).norm()
+    assert norm < 0.1  # of one layer; the mean over more layers only lowers it
 
 
 def test_folding_into_lora_is_exact():

@@ -121,10 +121,14 @@ def test_bad_overrides(override, words):
         (
             "kind: adalora",
             "kind: adalora\n    adalora: {regularizer_weight: 0, regularizer_in_scores: true}",
-            9,
+            10,
             "no effect",
         ),
         ("kind: adalora", "kind: adalora\n    adalora: {init_rank: 4}", 7, "below the target rank"),
+        ("learning_rate: 2e-4", "fp16: true", None, "needs model.dtype: float16"),
+        ("learning_rate: 2e-4", "eval_steps: 5", None, "no effect"),
+        ("learning_rate: 2e-4", "packing_strategy: wrapped", None, "no effect"),
+        ("path: org/model", "path: org/model\n  dtype: float16\n  adapter_dtype: bfloat16", 1, "use float32"),
     ],
 )  # fmt: skip
 def test_errors_name_line_and_remedy(old, new, line, words):
@@ -228,8 +232,43 @@ def test_foreign_settings_that_we_cannot_do(line, words):
     assert words in text and "r.yaml:4" in text
 
 
-def test_contradictions_between_two_names_are_refused():
-    assert "different things" in error_of(GOOD + "base_model: other\n")
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (GOOD + "base_model: other\n", "different things"),
+        (FOREIGN + "use_dora: true\nuse_rslora: true\n", "use_dora and use_rslora say different things"),
+        (FOREIGN + "lora_rank: 32\n", "lora_r and lora_rank say different things about rank"),
+        (FOREIGN + "adapters: [{rank: 4}]\n", "lora_r has no effect"),
+    ],
+)
+def test_contradictions_between_two_names_are_refused(text, words):
+    assert words in error_of(text)
+
+
+@pytest.mark.parametrize(
+    ("override", "dtype"), [("bf16=false", "float32"), ("fp16=true", "float16"), ("bf16=auto", "bfloat16")]
+)
+def test_foreign_precision_decides_the_dtype(override, dtype):
+    recipe, _ = parse_recipe(FOREIGN.replace("bf16: true\n", ""), "axolotl.yaml", [override])
+    assert recipe.model.dtype == dtype
+
+
+def test_an_override_of_one_place_leaves_its_anchor_alone():
+    text = GOOD.replace(
+        "adapters:\n",
+        "adapters:\n"
+        "  - {band: x, layers: 0, kind: adalora, rank: 4, adalora: &s {init_rank: 8}}\n"
+        "  - {band: y, layers: 1, kind: adalora, rank: 4, adalora: *s}\n",
+    )
+    recipe, _ = parse_recipe(text, "r", ["adapters.x.adalora.init_rank=20"])
+    assert [band.init_rank for band in recipe.adapters[:2]] == [20, 8]
+
+
+def test_home_in_output_dir_is_spelt_out(monkeypatch):
+    """transformers expands it for its checkpoints: a folder called ~ would split the run in two."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    recipe, _ = parse_recipe(GOOD, "r", ["output_dir=~/runs/x"])
+    assert recipe.output_dir == "/home/someone/runs/x"
 
 
 def test_missing_files_suggest_the_nearest(tmp_path):

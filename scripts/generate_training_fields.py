@@ -14,6 +14,7 @@ import typing
 from importlib.metadata import version
 from pathlib import Path
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import SFTConfig
 
 TARGET = Path(__file__).parent.parent / "qhybrid" / "recipe" / "training_fields.py"
@@ -67,7 +68,8 @@ EXTRA = """
 """
 POSITIVE = {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
 NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"}
-BOUNDED = {"num_train_epochs": "gt=0", "seed": "ge=0, lt=2**32"}
+BOUNDED = {"num_train_epochs": "gt=0", "seed": "ge=0, lt=2**32", "max_length": "ge=1", "logging_steps": "gt=0"}
+TRACKERS = f"Literal[{', '.join(map(repr, ('all', 'none', *sorted(INTEGRATION_TO_CALLBACK))))}]"
 CHOICES = {
     "packing_strategy": ("bfd", "bfd_split", "wrapped"),
     "loss_type": ("nll", "dft", "chunked_nll"),
@@ -113,6 +115,8 @@ def field_line(field: dataclasses.Field, annotation: object) -> str:
     source = as_source(annotation)
     if field.name in CHOICES:
         source = f"Literal[{', '.join(map(repr, CHOICES[field.name]))}]"
+    if field.name == "report_to":
+        source = "Tracker | list[Tracker] | None"
     if field.name in POSITIVE:
         source = f"Annotated[{source}, Field(ge=1)]"
     elif field.name in BOUNDED:
@@ -147,6 +151,8 @@ OWNED_ELSEWHERE = {{
 
 # Fields that are ours and not trl's.
 OUR_FIELDS = ("early_stopping_patience", "early_stopping_threshold")
+
+Tracker = {TRACKERS}
 
 
 def _without_owned(schema: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ from qhybrid.errors import RecipeError
 from qhybrid.recipe.training_fields import TrainingSection
 from qhybrid.recipe.yaml_source import Path, Source
 
-# Their name at the top level: our path. A path into `adapters` means every band of the recipe.
+SECTIONS = ("model", "quantization", "adapters", "data", "training", "memory", "distributed", "output_dir")
+
+# Their name at the top level: our path. "adapters" means every band of the recipe, "sources" every data source.
 TOP_LEVEL: dict[str, tuple[str, ...]] = {
     # axolotl
     "base_model": ("model", "path"),
@@ -41,7 +43,11 @@ TOP_LEVEL: dict[str, tuple[str, ...]] = {
     "dataset": ("data", "sources"),
     "eval_dataset": ("data", "eval_sources"),
     "val_size": ("data", "eval_fraction"),
+    "max_samples": ("sources", "limit"),
+    "max_seq_length": ("training", "max_length"),
+    "evaluation_strategy": ("training", "eval_strategy"),
     # both, and trl
+    "warmup_ratio": ("training", "warmup_steps"),  # below 1 it is a fraction there, too
     "sources": ("data", "sources"),
     "chat_template": ("data", "chat_template"),
 }
@@ -82,6 +88,17 @@ def _template(value: Any) -> Settings:
     )
 
 
+def _hint(name: str, hint: str) -> Callable[[Any], Settings]:
+    def check(value: Any) -> Settings:
+        if value:
+            raise RecipeError(f"{name} is not a key of qhybrid", hint=hint)
+        return []
+
+    return check
+
+
+_FRACTION_OF_A_RUN = "steps: 0.25 does it four times in the run"
+
 CONVERTED: dict[str, Callable[[Any], Settings]] = {
     "adapter": _adapter,
     "load_in_4bit": lambda value: [(("quantization", "method"), "nf4" if value else "none")],
@@ -97,10 +114,25 @@ CONVERTED: dict[str, Callable[[Any], Settings]] = {
     "stage": _must_be("stage", "sft"),
     "do_train": _must_be("do_train", True),
     "flash_attention": lambda value: [(("model", "attn_implementation"), "flash_attention_2")] if value else [],
-    "bf16": lambda value: [(("model", "dtype"), "bfloat16")] if value in (True, "auto") else [],
+    "bf16": lambda value: [(("model", "dtype"), "bfloat16" if value in (True, "auto") else "float32")],
     "fp16": lambda value: [(("model", "dtype"), "float16")] if value else [],
     "quantization_method": _must_be("quantization_method", "bitsandbytes", "bnb"),
+    "lora_target_linear": lambda value: [(("adapters", "target_modules"), ["all-linear"])] if value else [],
+    "train_on_inputs": lambda value: [(("training", "completion_only_loss"), False)] if value else [],
+    "group_by_length": lambda value: (
+        [(("training", "train_sampling_strategy"), "group_by_length")] if value else []
+    ),
+    "evals_per_epoch": _hint("evals_per_epoch", f"training.eval_strategy: steps with eval_{_FRACTION_OF_A_RUN}"),
+    "saves_per_epoch": _hint("saves_per_epoch", f"training.save_strategy: steps with save_{_FRACTION_OF_A_RUN}"),
+    "overwrite_output_dir": _hint("overwrite_output_dir", "use the option --overwrite"),
+    "special_tokens": _hint("special_tokens", "training.eos_token names another end token than the tokenizer's"),
 }
+# Theirs, and nothing that a result would depend on.
+WITHOUT_COUNTERPART = (
+    "pad_to_sequence_len", "dataset_prepared_path", "overwrite_cache", "preprocessing_num_workers", "plot_loss",
+    "strict", "debug", "local_rank", "is_llama_derived_model", "wandb_project", "wandb_entity", "wandb_watch",
+    "wandb_name", "wandb_log_model", "tokenizer_type", "model_type", "xformers_attention", "flash_optimum",
+)  # fmt: skip
 
 # Inside a band: peft's names.
 IN_BAND = {
@@ -125,9 +157,54 @@ IN_ADALORA = {
 }
 IN_DATA = {"val_size": "eval_fraction", "val_set_size": "eval_fraction", "datasets": "sources"}
 IN_SOURCE = {"type": "format", "name": "subset"}
+# Names that SFTConfig had once
+IN_TRAINING = {
+    "max_seq_length": "max_length",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",
+}
+# Words that are near to no name, but whose meaning is plain
+MEANT = {
+    "lr": "training.learning_rate",
+    "batch_size": "training.per_device_train_batch_size",
+    "bs": "training.per_device_train_batch_size",
+    "epochs": "training.num_train_epochs",
+    "steps": "training.max_steps",
+    "seq_len": "training.max_length",
+    "grad_accum": "training.gradient_accumulation_steps",
+    "lora": "adapters",
+    "peft": "adapters",
+}
 IN_MODEL = {"base_model": "path", "model_name_or_path": "path", "name": "path", "torch_dtype": "dtype"}
 # axolotl's names for formats of rows
 FORMATS = {"chat_template": "messages", "completion": "text", "input_output": "prompt_completion"}
+
+
+def settings_of(key: str, value: Any) -> Settings | None:
+    """Our settings for the foreign top-level `key`; None where the key is not known.
+
+    Raises:
+        RecipeError: a setting that qhybrid cannot do.
+    """
+    if key in WITHOUT_COUNTERPART:
+        return []
+    if key in TOP_LEVEL:
+        return [] if value is None else [(TOP_LEVEL[key], value)]
+    if key in CONVERTED:
+        return [] if value is None else CONVERTED[key](value)
+    field = TrainingSection.model_fields.get(key)
+    if field is None:
+        return None
+    return [] if value is None and field.default is None else [(("training", key), value)]
+
+
+def own_name(path: Path, key: str) -> str:
+    """Our name for `key` where it stands in the section at `path`."""
+    tables = {
+        ("model", 1): IN_MODEL, ("data", 1): IN_DATA, ("data", 3): IN_SOURCE, ("training", 1): IN_TRAINING,
+        ("adapters", 2): IN_BAND, ("adapters", 3): IN_ADALORA,
+    }  # fmt: skip
+    return tables.get((str(path[0]), len(path)), {}).get(key, key) if path else key
 
 
 def translate(source: Source) -> tuple[dict[str, Any], dict[Path, Path], list[str]]:
@@ -135,7 +212,7 @@ def translate(source: Source) -> tuple[dict[str, Any], dict[Path, Path], list[st
 
     Returns:
         The values under our names; for each of our paths that was filled from a foreign name, the path in
-        the file it came from (so that errors name the right line); and one notice for each translation.
+        the file it came from (so that errors name the right line); and notices of what was translated.
 
     Raises:
         RecipeError: a foreign setting that contradicts ours or that qhybrid cannot do.
@@ -143,57 +220,79 @@ def translate(source: Source) -> tuple[dict[str, Any], dict[Path, Path], list[st
     values: dict[str, Any] = {}
     origins: dict[Path, Path] = {}
     notices: list[str] = []
-    band_settings: dict[str, tuple[str, Any]] = {}
+    in_every: dict[str, dict[str, tuple[str, Any]]] = {"adapters": {}, "sources": {}}
+    own_fields: list[str] = []
+    left_out: list[str] = []
+    refused: list[RecipeError] = []
 
     def put(target: tuple[str, ...], value: Any, key: str) -> None:
         where = source.where((key,))
-        notices.append(f"{where}: {key} is read as {'.'.join(target)}")
-        if target[0] == "adapters":
-            other, before = band_settings.get(target[1], (key, value))
+        if target == ("training", key):
+            own_fields.append(key)
+        else:
+            notices.append(f"{where}: {key} is read as {'.'.join(target)}")
+        if target[0] in in_every:
+            other, before = in_every[target[0]].get(target[1], (key, value))
             if before != value:
                 raise RecipeError(f"{other} and {key} say different things about {target[1]}", where=where)
-            band_settings[target[1]] = (key, value)
+            in_every[target[0]][target[1]] = (key, value)
             return
         section = values.setdefault(target[0], {})
         if not isinstance(section, dict):
             raise RecipeError(f"{target[0]} must be a mapping", where=source.where((target[0],)))
         if section.get(target[1], value) != value:
-            raise RecipeError(f"{key} and {'.'.join(target)} say different things", where=where)
+            raise RecipeError(
+                f"{key} and {'.'.join(target)} say different things", where=where, hint="remove one of them"
+            )
         section[target[1]] = value
         origins[target] = (key,)
 
     for key, value in source.values.items():
-        if key in _sections():
+        if key in SECTIONS and value is not None:  # an empty section leaves everything at its default
             values[key] = dict(value) if isinstance(value, dict) else value
     for key, value in source.values.items():
-        if key in _sections():
+        if key in SECTIONS or (key == "bf16" and value is False and source.values.get("fp16")):
             continue
-        if key in TOP_LEVEL:
-            put(TOP_LEVEL[key], value, key)
-        elif key in CONVERTED:
-            try:
-                settings = CONVERTED[key](value)
-            except RecipeError as error:
-                raise RecipeError(error.message, hint=error.hint, where=source.where((key,))) from None
-            for target, converted in settings:
-                put(target, converted, key)
-        elif key in TrainingSection.model_fields:
-            put(("training", key), value, key)
-        else:
+        try:
+            settings = settings_of(key, value)
+        except RecipeError as error:
+            refused.append(RecipeError(error.message, hint=error.hint, where=source.where((key,))))
+            continue
+        if settings is None and value is not None:
             values[key] = value  # unknown: the schema says so, with the nearest name
+            continue
+        if settings is None or (key in WITHOUT_COUNTERPART and value):
+            left_out.append(key)
+            continue
+        for target, converted in settings:
+            put(target, converted, key)
 
-    _rename_inside(values, origins, notices, source)
-    model = values.get("model")
-    if source.values.get("bf16") is False and isinstance(model, dict) and "dtype" not in model:
-        put(("model", "dtype"), "float32", "bf16")  # neither half precision: what is left is single
-    _apply_to_bands(values, origins, band_settings, source)
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        raise RecipeError("\n".join(f"{error.where}: {error.message} ({error.hint})" for error in refused))
+    rename_inside(values, origins, notices, source)
+    if in_every["adapters"]:
+        values.setdefault("adapters", [{"band": "all", "layers": "all"}])
+    _fill(values.get("adapters"), ("adapters",), in_every["adapters"], origins, source)
+    data = values.get("data")
+    if isinstance(data, dict):
+        if in_every["sources"]:
+            data["sources"] = as_sources(data.get("sources"))
+        _fill(data.get("sources"), ("data", "sources"), in_every["sources"], origins, source)
+    if own_fields:
+        notices.append(f"{source.name}: read as fields of training: {', '.join(own_fields)}")
+    if left_out:
+        notices.append(f"{source.name}: without a counterpart here, and left out: {', '.join(left_out)}")
     return values, origins, notices
 
 
-def _sections() -> set[str]:
-    return {
-        "model", "quantization", "adapters", "data", "training", "memory", "distributed", "output_dir",
-    }  # fmt: skip
+def as_sources(given: Any) -> Any:
+    """Data sources in their long form."""
+    items = [given] if isinstance(given, (str, dict)) else given
+    if not isinstance(items, list):
+        return items
+    return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
 def _rename(section: Any, names: dict[str, str], path: Path, origins: dict, notices: list, source: Source):
@@ -211,8 +310,9 @@ def _rename(section: Any, names: dict[str, str], path: Path, origins: dict, noti
     return renamed
 
 
-def _rename_inside(values: dict, origins: dict, notices: list, source: Source) -> None:
-    for section, names in (("model", IN_MODEL), ("data", IN_DATA)):
+def rename_inside(values: dict, origins: dict, notices: list, source: Source) -> None:
+    """Give foreign names inside the sections our names, in place."""
+    for section, names in (("model", IN_MODEL), ("data", IN_DATA), ("training", IN_TRAINING)):
         if section in values:
             values[section] = _rename(values[section], names, (section,), origins, notices, source)
     if isinstance(values.get("adapters"), dict):  # one band needs no list
@@ -238,21 +338,18 @@ def _rename_inside(values: dict, origins: dict, notices: list, source: Source) -
             data[key] = renamed
 
 
-def _apply_to_bands(values: dict, origins: dict, settings: dict[str, tuple[str, Any]], source: Source) -> None:
-    """Flat adapter settings describe one band over all layers, or fill what the bands leave out."""
-    if not settings:
-        return
-    bands = values.setdefault("adapters", [{"band": "all", "layers": "all"}])
-    if not isinstance(bands, list):
+def _fill(items: Any, path: Path, settings: dict[str, tuple[str, Any]], origins: dict, source: Source) -> None:
+    """Flat settings fill what the bands, or the data sources, leave out."""
+    if not isinstance(items, list):
         return
     for name, (key, value) in settings.items():
-        without = [index for index, band in enumerate(bands) if isinstance(band, dict) and name not in band]
-        if bands and not without:
+        without = [index for index, item in enumerate(items) if isinstance(item, dict) and name not in item]
+        if items and not without:
             raise RecipeError(
-                f"{key} has no effect: every band of adapters has its own {name}",
+                f"{key} has no effect: all of {'.'.join(map(str, path))} have their own {name}",
                 where=source.where((key,)),
                 hint=f"remove {key}",
             )
         for index in without:
-            bands[index][name] = value
-            origins[("adapters", index, name)] = (key,)
+            items[index][name] = value
+            origins[(*path, index, name)] = (key,)

@@ -12,7 +12,16 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from qhybrid.errors import RecipeError
-from qhybrid.recipe.aliases import translate
+from qhybrid.recipe.aliases import (
+    MEANT,
+    SECTIONS,
+    TOP_LEVEL,
+    as_sources,
+    own_name,
+    rename_inside,
+    settings_of,
+    translate,
+)
 from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.shipped import find_shipped, shipped_names
 from qhybrid.recipe.training_fields import OWNED_ELSEWHERE
@@ -60,8 +69,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
     """Validate the YAML `text`, called `name` in messages. Returns the recipe and notices."""
     source = parse_yaml(text, name)
-    overridden = [_apply_override(source, override) for override in overrides]
     values, origins, notices = translate(source)
+    overridden = [path for override in overrides for path in _apply_override(values, override, notices)]
+    rename_inside(values, origins, notices, Source(OVERRIDE, values))
     try:
         return Recipe.model_validate(values), notices
     except ValidationError as error:
@@ -108,32 +118,62 @@ def _find(name: str) -> Path:
     nearby = [str(file) for file in sorted(folder.glob("*.y*ml"))] if folder.is_dir() else []
     nearest = difflib.get_close_matches(name, [*nearby, *shipped_names()], n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "qhybrid recipes list shows the shipped ones"
-    raise RecipeError(f"there is no recipe {name!r}", hint=hint)
+    raise RecipeError(f"there is no file {name!r}, and no recipe of that name comes with qhybrid", hint=hint)
 
 
-def _apply_override(source: Source, override: str) -> KeyPath:
-    """Set one value in `source`; a band may be named by its name or its number."""
+def _apply_override(values: dict[str, Any], override: str, notices: list[str]) -> list[KeyPath]:
+    """Set what `override` says in the translated `values`. Returns the paths that were set."""
     key, separator, text = override.partition("=")
-    if not separator or not key.strip():
+    key = key.strip()
+    if not separator or not key:
         raise RecipeError(
             f"{override!r} is not an override",
             where=OVERRIDE,
             hint="write for example training.max_steps=100",
         )
-    parts = key.strip().split(".")
     value = parse_value(text, OVERRIDE)
-    at: Any = source.values
+    try:
+        foreign = None if key.partition(".")[0] in SECTIONS else settings_of(key, value)
+    except RecipeError as error:
+        raise RecipeError(error.message, hint=error.hint, where=OVERRIDE) from None
+    if foreign is None:
+        return [_set(values, key.split("."), value, override)]
+    paths: list[KeyPath] = []
+    for target, converted in foreign:
+        notices.append(f"{OVERRIDE}: {key} is read as {'.'.join(target)}")
+        if target[0] in ("adapters", "sources"):
+            items = values.get("adapters") if target[0] == "adapters" else _sources(values)
+            prefix = ["adapters"] if target[0] == "adapters" else ["data", "sources"]
+            for index in range(len(items) if isinstance(items, list) else 0):
+                paths.append(_set(values, [*prefix, str(index), target[1]], converted, override))
+        else:
+            paths.append(_set(values, list(target), converted, override))
+    return paths
+
+
+def _sources(values: dict[str, Any]) -> Any:
+    data = values.get("data")
+    if not isinstance(data, dict):
+        return None
+    data["sources"] = as_sources(data.get("sources"))
+    return data["sources"]
+
+
+def _set(values: dict[str, Any], parts: list[str], value: Any, override: str) -> KeyPath:
+    """Set one value; a band may be named by its name or its number, and keys by foreign names."""
+    at: Any = values
     path: list[str | int] = []
-    for depth, part in enumerate(parts):
+    for depth, given in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(at, list):
-            index = _list_index(at, part, override)
+            index = _list_index(at, given, override)
             path.append(index)
             if last:
                 at[index] = value
             else:
                 at = at[index]
         elif isinstance(at, dict):
+            part = own_name(tuple(path), given)
             path.append(part)
             if last:
                 at[part] = value
@@ -143,7 +183,7 @@ def _apply_override(source: Source, override: str) -> KeyPath:
                 at = at[part]
         else:
             raise RecipeError(
-                f"{override!r}: {'.'.join(map(str, path))} is a single value and has no {part!r}",
+                f"{override!r}: {'.'.join(map(str, path))} is a single value and has no {given!r}",
                 where=OVERRIDE,
             )
     return tuple(path)
@@ -171,14 +211,19 @@ def _as_recipe_error(
     """All problems in one message, each with its line and hint; a single problem keeps its hint apart."""
     problems = error.errors(include_url=False)
     found: list[tuple[str, str | None]] = []
+    seen: set[KeyPath] = set()
     for problem in problems:
         path = _without_tags(problem["loc"])
+        if path in seen:
+            continue  # what another member of a union would have taken
+        seen.add(path)
         if problem["type"] == "too_short" and any(
             len(other["loc"]) > len(path) and other["loc"][: len(path)] == path for other in problems
         ):
             continue  # a list looks empty when its items were refused
         message, hint = _describe(dict(problem), path)
-        where = OVERRIDE if path in overridden else source.where(origins.get(path, path))
+        from_override = any(path[: len(start)] == start for start in overridden)
+        where = OVERRIDE if from_override else source.where(origins.get(path, path))
         name = ".".join(map(str, path))
         found.append((f"{where}: {name + ': ' if name else ''}{message}", hint))
     if len(found) == 1:
@@ -227,7 +272,7 @@ def _describe(problem: dict[str, Any], path: KeyPath) -> tuple[str, str | None]:
     if kind == "literal_error":
         model = _model_at(path[:-1])
         field = model.model_fields.get(str(path[-1])) if model else None
-        choices = [str(choice) for choice in _choices(field.annotation)] if field else []
+        choices = list(dict.fromkeys(str(choice) for choice in _choices(field.annotation))) if field else []
         nearest = difflib.get_close_matches(str(given), choices, n=1, cutoff=0.6)
         shown = ", ".join(choices) if len(choices) <= 16 else ", ".join(choices[:16]) + ", …"
         return (
@@ -236,6 +281,8 @@ def _describe(problem: dict[str, Any], path: KeyPath) -> tuple[str, str | None]:
         )
     if kind == "value_error":
         return str(context.get("error", problem["msg"])), None
+    if kind == "model_type":
+        return f"must be a mapping of keys, not {given!r}", f"indent its keys below {path[-1]}:" if path else None
     message = problem["msg"].removeprefix("Input ").replace("Value error, ", "")
     message = message.replace("tuple", "list").replace("Tuple", "the list").replace("dictionary", "mapping")
     if isinstance(given, (str, int, float)):
@@ -243,6 +290,8 @@ def _describe(problem: dict[str, Any], path: KeyPath) -> tuple[str, str | None]:
     hint = None
     if isinstance(given, str) and kind in ("float_type", "int_type", "bool_type"):
         hint = "remove the quotes" if isinstance(parse_value(given, ""), (int, float)) else None
+        if kind == "bool_type" and given.lower() in ("yes", "no", "on", "off", "y", "n"):
+            hint = "write true or false"  # YAML 1.2 knows no other words
     return message, hint
 
 
@@ -255,9 +304,13 @@ def _choices(annotation: Any) -> list[Any]:
 def _unknown_key(path: KeyPath) -> tuple[str, str | None]:
     """Say which known key is nearest: in the same section first, then anywhere in the recipe."""
     section, key = path[:-1], str(path[-1])
-    model = _model_at(section) or Recipe
     message = "unknown key"
-    nearest = difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.7)
+    meant = MEANT.get(key) or ".".join(TOP_LEVEL.get(key, ()))
+    if meant:
+        return message, f"did you mean {meant}?"
+    model = _model_at(section) or Recipe
+    names = [name for name in model.model_fields if name not in OWNED_ELSEWHERE or model is Recipe]
+    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     if nearest:
         return message, f"did you mean {nearest[0]!r}?"
     for name, field in Recipe.model_fields.items():
@@ -268,7 +321,7 @@ def _unknown_key(path: KeyPath) -> tuple[str, str | None]:
         if found:
             place = f"{name}[]" if name == "adapters" else name
             return message, f"did you mean {place}.{found[0]}?"
-    nearest = difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.55)
     if nearest:
         return message, f"did you mean {nearest[0]!r}?"
-    return message, f"known here: {', '.join(list(model.model_fields)[:12])}"
+    return message, f"known here: {', '.join(names[:12])}"

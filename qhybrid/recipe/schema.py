@@ -92,7 +92,9 @@ class AdaLoraSection(Section):
     regularizer_in_scores: bool = False  # the paper's scores: of the whole objective, not of the task alone
 
     @model_validator(mode="after")
-    def _scores_need_a_regularizer(self) -> Self:
+    def _settings_agree(self) -> Self:
+        if self.warmup < 1 and self.final < 1 and self.warmup + self.final >= 1:
+            raise ValueError("warmup and final together leave no part of the run to allocate in")
         if self.regularizer_in_scores and self.regularizer_weight == 0:
             raise ValueError("regularizer_in_scores has no effect with regularizer_weight 0")
         return self
@@ -306,6 +308,8 @@ class Recipe(Section):
             raise ValueError("training.early_stopping_patience needs training.eval_strategy")
         if training.eval_strategy == "no" and training.save_strategy == "best":
             raise ValueError("training.save_strategy best needs training.eval_strategy")
+        if training.eval_strategy == "no" and training.load_best_model_at_end:
+            raise ValueError("training.load_best_model_at_end needs training.eval_strategy")
         if training.early_stopping_threshold and training.early_stopping_patience is None:
             raise ValueError("training.early_stopping_threshold has no effect without early_stopping_patience")
         if training.eval_steps is not None and training.eval_strategy != "steps":

@@ -52,6 +52,25 @@ OWNED_ELSEWHERE = {
 # Fields that are ours and not trl's.
 OUR_FIELDS = ("early_stopping_patience", "early_stopping_threshold")
 
+Tracker = Literal[
+    "all",
+    "none",
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "kubeflow",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+]
+
 
 def _without_owned(schema: dict[str, Any]) -> None:
     """Editors need not offer what is refused."""
@@ -166,7 +185,7 @@ class TrainingSection(BaseModel):
     torch_empty_cache_steps: int | None = None
     auto_find_batch_size: bool = False
     logging_strategy: Literal["no", "steps", "epoch"] = "steps"
-    logging_steps: float = 10
+    logging_steps: Annotated[float, Field(gt=0)] = 10
     logging_first_step: bool = False
     log_on_each_node: bool = True
     logging_nan_inf_filter: bool = False  # a NaN must be seen
@@ -174,7 +193,7 @@ class TrainingSection(BaseModel):
     log_level: str = "passive"
     log_level_replica: str = "warning"
     disable_tqdm: bool | None = None
-    report_to: str | list[str] | None = "none"
+    report_to: Tracker | list[Tracker] | None = "none"
     run_name: str | None = None
     project: str = "huggingface"
     trackio_space_id: str | None = None
@@ -250,7 +269,7 @@ class TrainingSection(BaseModel):
     dataset_kwargs: dict[str, Any] | str | None = None
     dataset_num_proc: int | None = None
     eos_token: str | None = None
-    max_length: int | None = 1024
+    max_length: Annotated[int | None, Field(ge=1)] = 1024
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
     shuffle_dataset: bool = False
     packing: bool = False

@@ -115,7 +115,9 @@ def _build(text: str, name: str, lines: dict[Path, int]) -> Any:
         raise RecipeError(
             f"not valid YAML: {error.problem or error.context}",
             where=f"{name}:{line}",
-            hint="check the indentation, and quote values that contain ': ' or start with % or @",
+            hint="indent with blanks: YAML takes no tabs"
+            if "\t" in text.split("\n")[line - 1]
+            else "check the indentation, and quote values that contain ': ' or start with % or @",
         ) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"not valid YAML: {' '.join(str(error).split())[:200]}", where=name) from None

@@ -253,6 +253,80 @@ def test_foreign_precision_decides_the_dtype(override, dtype):
     assert recipe.model.dtype == dtype
 
 
+@pytest.mark.parametrize(
+    ("override", "get", "expected"),
+    [
+        ("learning_rate=1e-5", lambda r: r.training.learning_rate, 1e-5),
+        ("training.learning_rate=1e-5", lambda r: r.training.learning_rate, 1e-5),
+        ("cutoff_len=99", lambda r: r.training.max_length, 99),
+        ("lora_rank=4", lambda r: r.adapters[0].rank, 4),
+        ("adapters.all.rank=4", lambda r: r.adapters[0].rank, 4),
+        ("adapters.0.lora_alpha=4", lambda r: r.adapters[0].alpha, 4),
+        ("adapters=[{r: 3}]", lambda r: r.adapters[0].rank, 3),
+        ("max_samples=7", lambda r: r.data.sources[0].limit, 7),
+        ("use_dora=true", lambda r: r.adapters[0].kind, "dora"),
+        ("base_model=org/other", lambda r: r.model.path, "org/other"),
+        ("training.warmup_ratio=0.1", lambda r: r.training.warmup_steps, 0.1),
+    ],
+)
+def test_the_command_line_wins_over_a_foreign_file(override, get, expected):
+    text = FOREIGN.replace("lora_dropout: 0.05\n", "")  # which a dora band cannot have
+    recipe, _ = parse_recipe(text, "axolotl.yaml", [override])
+    assert get(recipe) == expected
+
+
+def test_a_flat_rank_on_the_command_line_is_every_bands():
+    recipe, notices = parse_recipe(GOOD, "r.yaml", ["lora_rank=5"])
+    assert [band.rank for band in recipe.adapters] == [5, 5]
+    assert notices == ["command line: lora_rank is read as adapters.rank"]
+
+
+def test_errors_inside_an_override_are_of_the_command_line():
+    assert error_of(GOOD, ["data.sources=[{path: a, format: alpca}]"]).startswith(
+        "command line: data.sources.0.format"
+    )
+    assert error_of(GOOD, ["adapters=[{rank: x}]"]).startswith("command line: adapters.0.rank")
+
+
+def test_keys_of_other_tools_without_a_counterpart():
+    text = (
+        FOREIGN
+        + "pad_to_sequence_len: true\nwandb_project:\nlora_model_dir:\nlora_fan_in_fan_out:\nlocal_rank: 0\n"
+    )
+    recipe, notices = parse_recipe(text, "axolotl.yaml")
+    assert recipe.adapters[0].rank == 16
+    assert notices[-1].endswith("left out: pad_to_sequence_len, lora_model_dir, lora_fan_in_fan_out")
+    both = error_of(FOREIGN + "evals_per_epoch: 4\noverwrite_output_dir: true\n")
+    assert (
+        "r.yaml:21: evals_per_epoch" in both
+        and "r.yaml:22: overwrite_output_dir" in both
+        and "--overwrite" in both
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("learning_rate: 2e-4", "lr: 2e-4", "training.learning_rate"),
+        ("learning_rate: 2e-4", "batch_size: 4", "training.per_device_train_batch_size"),
+        ("learning_rate: 2e-4", "packing: yes", "write true or false"),
+        ("learning_rate: 2e-4", "report_to: tensorbord", "did you mean 'tensorboard'"),
+        ("learning_rate: 2e-4", "max_length: 0", "greater than or equal to 1"),
+        ("learning_rate: 2e-4", "load_best_model_at_end: true", "needs training.eval_strategy"),
+        ("model:\n  path: org/model", "model: org/model", "must be a mapping of keys, not 'org/model'"),
+        ("kind: adalora", "kind: adalora\n    adalora: {warmup: 0.7, final: 0.3}", "no part of the run"),
+        ("  learning_rate", "\tlearning_rate", "no tabs"),
+    ],
+)
+def test_hints_say_what_was_meant(old, new, words):
+    assert old in GOOD and words in error_of(GOOD.replace(old, new))
+
+
+def test_an_empty_section_leaves_everything_at_its_default():
+    recipe, _ = parse_recipe(GOOD.replace("  learning_rate: 2e-4\n", "quantization:\n"), "r")
+    assert recipe.training.learning_rate == 2e-4 and recipe.quantization.method == "nf4"
+
+
 def test_an_override_of_one_place_leaves_its_anchor_alone():
     text = GOOD.replace(
         "adapters:\n",

@@ -105,7 +105,7 @@ def main() -> None:
     print(f"| peak allocated | {figures['peak_cuda_max_allocated_bytes'] / 2**30:.2f} GiB |")
     print(f"| peak reserved | {figures['peak_cuda_max_reserved_bytes'] / 2**30:.2f} GiB |")
     print(f"| peak on the device, CUDA context included | {device_bytes / 2**30:.2f} GiB |")
-    print(f"| loss, first step and last tenth | {figures['first_loss']:.3f}, {figures['last_loss']:.3f} |")
+    print(f"| loss, first step and last tenth | {figures['first_loss']:.3f}, {figures['last_tenth_loss']:.3f} |")
 
 
 if __name__ == "__main__":

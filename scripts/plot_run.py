@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -19,7 +19,11 @@ INK, GRID, ACCENT, SECOND = "#1f2933", "#d9dee3", "#1f6feb", "#d1480f"
 
 
 def main() -> None:
-    run, picture = Path(sys.argv[1]), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description="Draws a run: the loss, and where AdaLoRA's ranks went.")
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("picture", type=Path, help="the PNG to write")
+    options = parser.parse_args()
+    run, picture = options.run, options.picture
     steps = read_events(run / "events.jsonl", "step")
     layout = Layout.from_json((run / "layout.json").read_text(encoding="utf-8"))
     plt.rcParams.update({"font.size": 9, "axes.edgecolor": GRID, "axes.labelcolor": INK, "text.color": INK})

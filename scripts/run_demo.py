@@ -50,6 +50,12 @@ def main() -> None:
     console = Console()
     overrides = sys.argv[1:]
     recipe = load_recipe("demo", overrides).recipe
+    number = 1
+    while Path(recipe.output_dir).exists():  # an earlier demo is kept
+        number += 1
+        first = load_recipe("demo", sys.argv[1:]).recipe.output_dir
+        overrides = [*sys.argv[1:], f"output_dir={first}-{number}"]
+        recipe = load_recipe("demo", overrides).recipe
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -57,7 +63,7 @@ def main() -> None:
         before, answers_before = score(folder, "before", "--model", recipe.model.path)
         console.print(f"exact match {before['exact_match']:.1%}, loss {before['loss']:.3f}")
         console.rule("2 of 3: fine-tuning")
-        subprocess.run([*QHYBRID, "sft", "demo", *overrides, "--overwrite"], check=True)
+        subprocess.run([*QHYBRID, "sft", "demo", *overrides], check=True)
         console.rule("3 of 3: the model with its adapter")
         after, answers_after = score(folder, "after", "--adapter", recipe.output_dir)
 

@@ -67,8 +67,16 @@ def save_weights(model: PeftModel, layout: Layout, folder: Path) -> None:
     """Write adapter.safetensors and layout.json into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in trained_tensors(model, layout).items()}
-    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+    _save_tensors(tensors, folder / WEIGHTS)
     (folder / LAYOUT).write_text(layout.to_json(), encoding="utf-8")
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """As safetensors' save_file, which makes files that only their owner may read, whatever the umask says."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, str(file), metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def load_weights(model: PeftModel, layout: Layout, folder: Path) -> None:
@@ -115,7 +123,7 @@ def save_plain(modules: list[PlainModule], base_model: str, folder: Path) -> Non
     """Write plain modules as an ordinary peft adapter folder."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.cpu() for name, value in plain_peft_state(modules).items()}
-    save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    _save_tensors(state, folder / "adapter_model.safetensors")
     plain_peft_config(modules, base_model).save_pretrained(str(folder))
 
 

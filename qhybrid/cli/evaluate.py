@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import click
 
-from qhybrid.errors import DataError, ModelError
+from qhybrid.errors import AdapterError, DataError, ModelError
 
 
 @click.command("eval")
 @click.argument("data", type=click.Path())
 @click.option("--model", help="The base model: a folder, a hub id, a GGUF file or package:NAME/FILE.")
-@click.option("--adapter", type=click.Path(), help="An adapter folder (or a run folder); names its own base.")
+@click.option(
+    "--adapter",
+    type=click.Path(),
+    help="An adapter folder or a run folder. It names its base model; --model says where that lies now.",
+)
 @click.option(
     "--quantization", type=click.Choice(["nf4", "none"]), help="Of the base model; nf4 unless the adapter says."
 )
@@ -61,6 +66,8 @@ def command(
             "an adapter knows how its base model is loaded",
             hint="leave --quantization, --dtype and --attn-implementation out",
         )
+    if predictions and no_generation:
+        raise DataError("--predictions has nothing to write with --no-generation", hint="leave one of them out")
     if predictions and Path(predictions).exists():
         raise DataError(f"{predictions} exists already", hint="choose another name; nothing was changed")
     if predictions and not Path(predictions).parent.is_dir():
@@ -82,7 +89,12 @@ def command(
     console = Console(stderr=True)
     if adapter:
         folder = Path(adapter)
-        folder = folder / "adapter" if (folder / "run.json").is_file() else folder
+        if not folder.exists():
+            raise AdapterError(f"there is no {folder}", hint="name an adapter folder or a run folder")
+        if (folder / "run.json").is_file():
+            folder = folder / "adapter"
+            if not folder.is_dir():
+                raise AdapterError(f"the run in {adapter} has not finished: it has no adapter yet")
         loaded, tokenizer, info = load_adapter_for_inference(folder, model)
         system_prompt, date = info.system_prompt, info.date
     else:
@@ -91,16 +103,20 @@ def command(
         nf4 = QuantizationSection.model_validate({"method": quantization or "nf4"})
         loaded, tokenizer = load_base_for_inference(section, nf4)
         system_prompt = date = None
-    rows, audit = prepare_file(
-        source,
-        tokenizer,
-        chat_template=chat_template,
-        base_folder=Path(),
-        system_prompt=system_prompt,
-        date=date,
-    )
+    try:
+        rows, audit = prepare_file(
+            source,
+            tokenizer,
+            chat_template=chat_template,
+            base_folder=Path(),
+            system_prompt=system_prompt,
+            date=date,
+        )
+    except DataError as error:
+        raise DataError(error.message, hint=_as_options(error.hint), where=error.where) from None
     if audit.dropped:
-        console.print(f"note: {audit.dropped} of {audit.rows_in} rows cannot be used", highlight=False)
+        reasons = "\n".join(audit.reason_lines())
+        console.print(f"note: {audit.dropped} of {audit.rows_in} rows cannot be used\n{reasons}", highlight=False)
 
     with console.status("scoring") as status:
         scores = evaluate(
@@ -150,6 +166,15 @@ def command(
             )
     elif not no_generation:
         click.echo("exact match   not measured: the rows have no prompt")
+
+
+def _as_options(hint: str | None) -> str | None:
+    """A hint for a recipe, `columns: {prompt: question}`, as this command takes it."""
+
+    def options(found: re.Match[str]) -> str:
+        return " ".join(f"--columns {pair.replace(': ', '=')}" for pair in found[1].split(", "))
+
+    return hint and re.sub(r"columns: \{([^}]*)\}", options, hint)
 
 
 def _source(data: str, row_format: str, columns: tuple[str, ...], limit: int | None):

@@ -19,6 +19,8 @@ _COMMANDS = {
     "recipes": ("qhybrid.cli.recipes", "List, show, copy and check recipes."),
     "doctor": ("qhybrid.cli.doctor", "Show versions, GPU and 4-bit readiness, and what to do."),
 }
+# What other tools call them.
+_MEANT = {"train": "sft", "finetune": "sft", "fine-tune": "sft", "evaluate": "eval", "test": "eval"}
 
 
 class _LazyGroup(click.Group):
@@ -42,8 +44,8 @@ class _LazyGroup(click.Group):
         except click.UsageError:
             import difflib
 
-            nearest = difflib.get_close_matches(args[0], _COMMANDS, n=1)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            nearest = [_MEANT.get(args[0], ""), *difflib.get_close_matches(args[0], _COMMANDS, n=1)]
+            hint = f" Did you mean {next(filter(None, nearest))!r}?" if any(nearest) else ""
             raise click.UsageError(f"There is no command {args[0]!r}.{hint}", ctx) from None
 
 
@@ -109,7 +111,10 @@ def quiet_libraries() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, warns that it guessed
     warnings.filterwarnings("ignore")
-    for name in ("bitsandbytes", "DeepSpeed", "deepspeed", "peft", "trl", "accelerate", "datasets", "torchao"):
+    for name in (
+        "bitsandbytes", "DeepSpeed", "deepspeed", "peft", "trl", "accelerate", "datasets", "torchao",
+        "huggingface_hub", "urllib3", "httpx",
+    ):  # fmt: skip
         logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
     import transformers

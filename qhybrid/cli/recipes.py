@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from qhybrid.errors import ModelError, RecipeError
+from qhybrid.errors import ModelError, QhybridError, RecipeError
+
+if TYPE_CHECKING:
+    from qhybrid.recipe.schema import ModelSection
 
 
 @click.group("recipes")
@@ -49,16 +53,29 @@ def show(recipe: str, overrides: tuple[str, ...], layout: bool, config: str | No
     from qhybrid.architecture.bands import build_layout
     from qhybrid.architecture.spec import read_spec
 
-    path = config or loaded.recipe.model.path
-    if not Path(path).exists():
+    built = build_layout(loaded.recipe.adapters, read_spec(_config_file(loaded.recipe.model, config)))
+    click.echo(built.to_json() if as_json else built.to_text(), nl=not as_json)
+
+
+def _config_file(model: ModelSection, config: str | None) -> Path:
+    """The config.json that --config names, else that of the recipe's model where it lies on this machine."""
+    if config is not None:
+        if Path(config).is_file() and not config.endswith(".json"):
+            raise ModelError(f"{config} is not a config.json")
+        return Path(config)
+    from qhybrid.base.locate import find_local, model_folder
+
+    files = find_local(model)
+    if files is None:
         raise ModelError(
-            f"there is no {path} on this machine",
+            f"{model.path} is not on this machine",
             hint="name the model's config.json with --config; no weights are needed",
         )
-    if Path(path).is_file() and not path.endswith(".json"):
-        raise ModelError(f"{path} is not a config.json", hint="name the model's config.json with --config")
-    built = build_layout(loaded.recipe.adapters, read_spec(path))
-    click.echo(built.to_json() if as_json else built.to_text(), nl=not as_json)
+    if files.kind == "gguf":  # its config comes with its first conversion
+        from qhybrid.cli.main import quiet_libraries
+
+        quiet_libraries()
+    return model_folder(model)
 
 
 @command.command("copy")
@@ -96,15 +113,20 @@ def copy(name: str, target: str) -> None:
 @command.command("check")
 @click.argument("files", nargs=-1, required=True)
 def check(files: tuple[str, ...]) -> None:
-    """Check recipe FILES: keys, types, values, and that sections agree."""
+    """Check recipe FILES: keys, types, values, that sections agree, and what they name on this machine.
+
+    Data files must be there, and the bands must fit the model if it is a folder on this machine.
+    """
     from qhybrid.cli.main import print_error
     from qhybrid.recipe.load import load_recipe
+    from qhybrid.training.preflight import check_inputs
 
     failed = 0
     for file in files:
         try:
             loaded = load_recipe(file)
-        except RecipeError as error:
+            check_inputs(loaded.recipe, loaded.folder)
+        except QhybridError as error:
             print_error(str(error))
             failed += 1
             continue

@@ -8,7 +8,12 @@ import click
 @click.command("sft", context_settings={"ignore_unknown_options": False})
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
-@click.option("--resume", type=click.Choice(["auto"]), help="Go on from the newest whole checkpoint, if any.")
+@click.option(
+    "--resume",
+    type=click.Choice(["auto"]),
+    metavar="auto",
+    help="--resume auto goes on from the newest whole checkpoint, or starts if there is none.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the output folder.")
 def command(recipe: str, overrides: tuple[str, ...], resume: str | None, overwrite: bool) -> None:
     """Fine-tune the model that RECIPE names, as it says.
@@ -18,6 +23,8 @@ def command(recipe: str, overrides: tuple[str, ...], resume: str | None, overwri
     """
     from qhybrid.recipe.load import load_recipe
 
+    if resume and overwrite:
+        raise click.UsageError("--resume goes on with a run and --overwrite replaces it: give one of them")
     loaded = load_recipe(recipe, overrides)
     for notice in loaded.notices:
         click.echo(f"note: {notice}")

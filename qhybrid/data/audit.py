@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qhybrid.data.formats import SourceFormat
+from qhybrid.data.rows import INVALID_UTF8, NO_TRAINED_TOKEN, UNKNOWN_ROLE
 from qhybrid.data.tokenize import IGNORED_LABEL, EncodedRow
 from qhybrid.errors import DataError
 from qhybrid.units import format_count
@@ -20,6 +21,16 @@ _NUMBERING_TEXT = {
     "line": "line of the file, from 1",
     "data row": "row below the header, from 1",
     "row": "place in the list of rows, from 1",
+}
+
+
+# By how a reason begins.
+_REMEDIES = {
+    f"{NO_TRAINED_TOKEN} left after truncation": "raise training.max_length",
+    "chat template refused": "the chat template and the rows do not fit together: choose another "
+    "data.chat_template, or give the rows the roles that it knows",
+    INVALID_UTF8: "convert the file, for example: iconv -f latin1 -t utf-8 OLD > NEW",
+    UNKNOWN_ROLE: "the roles are system, user, assistant and tool (sharegpt: system, human, gpt and their kin)",
 }
 
 
@@ -98,8 +109,16 @@ class SourceAudit:
         raise DataError(
             f"{counts} cannot be used{limit}\n" + "\n".join(self._reason_lines(self.dropped_rows)),
             where=self.path,
-            hint=f"mend these rows (a row's number is its {_NUMBERING_TEXT[self.numbering]}){raise_limit}",
+            hint=f"{self._remedy()}{raise_limit}",
         )
+
+    def _remedy(self) -> str:
+        """What helps against the reason that most rows were dropped for."""
+        reason = max(self.dropped_rows, key=lambda one: len(self.dropped_rows[one]))
+        for start, remedy in _REMEDIES.items():
+            if reason.startswith(start):
+                return remedy
+        return f"mend these rows (a row's number is its {_NUMBERING_TEXT[self.numbering]})"
 
     def to_dict(self) -> dict:
         """The account as values that JSON can hold; `rows` has every row number, `first_rows` ten."""

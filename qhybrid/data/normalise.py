@@ -187,7 +187,7 @@ def _role(written: str) -> tuple[str, bool]:
     name = written.strip().lower()
     role = _ROLE_ALIASES.get(name, name)
     if role not in ROLES:
-        raise RowFault(UNKNOWN_ROLE)
+        raise RowFault(f"{UNKNOWN_ROLE} {name[:20]!r}")
     return role, role != written
 
 

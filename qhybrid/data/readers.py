@@ -18,7 +18,7 @@ import pyarrow.parquet
 from qhybrid.data.rows import INVALID_UTF8, RawRow
 from qhybrid.data.text_readers import first_line, read_csv, read_json, read_jsonl
 from qhybrid.errors import DataError
-from qhybrid.recipe.schema import SourceSection
+from qhybrid.recipe.schema import DataSection, SourceSection
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _FILE_ENDING = re.compile(
@@ -57,6 +57,22 @@ def check_local_source(source: SourceSection, base_folder: Path) -> None:
     path = find_file(source.path, base_folder)
     if path is not None or not _is_hub_name(source.path):
         _open_file(source, path, base_folder)
+
+
+def with_whole_paths(data: DataSection, base_folder: Path) -> DataSection:
+    """`data` with local files named from the root, so that it means the same wherever it is read again."""
+
+    def whole(name: str) -> str:
+        path = find_file(name, base_folder)
+        return name if path is None else os.path.abspath(path)
+
+    changes: dict[str, object] = {
+        key: tuple(source.model_copy(update={"path": whole(source.path)}) for source in getattr(data, key))
+        for key in ("sources", "eval_sources")
+    }
+    if data.chat_template is not None and data.chat_template.endswith((".jinja", ".j2")):
+        changes["chat_template"] = whole(data.chat_template)
+    return data.model_copy(update=changes)
 
 
 def find_file(path: str, base_folder: Path) -> Path | None:

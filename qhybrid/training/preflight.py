@@ -27,6 +27,15 @@ def preflight(recipe: Recipe, *, base_folder: Path, resume: bool, overwrite: boo
             hint="start qhybrid without torchrun or accelerate launch; one GPU is used",
         )
     check_claim(recipe, resume=resume, overwrite=overwrite)
+    check_inputs(recipe, base_folder)
+
+
+def check_inputs(recipe: Recipe, base_folder: Path) -> None:
+    """Check the local data files, and the bands where the model's config is at hand.
+
+    Raises:
+        QhybridError: what `run_sft` would raise later.
+    """
     for source in (*recipe.data.sources, *recipe.data.eval_sources):
         check_local_source(source, base_folder)
     files = find_local(recipe.model)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,11 @@ from qhybrid.recipe.schema import Recipe
 from qhybrid.training.checkpoint import newest_sealed
 from qhybrid.training.events import read_events
 
-Status = Literal["running", "finished", "failed"]
-_LEFT_BY_A_RUN = ("adapter", "checkpoints", "events.jsonl", "audit.json", "layout.json", "recipe.yaml", "run.json")
+Status = Literal["running", "finished", "failed", "interrupted"]
+_LEFT_BY_A_RUN = (
+    "adapter", "checkpoints", "events.jsonl", "audit.json", "layout.json", "tensorboard",
+    "recipe.yaml", "run.json",
+)  # fmt: skip
 _REPLACED = ".replaced"  # an earlier run, until its successor has taken a step
 LIBRARIES = ("qhybrid", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
@@ -221,13 +225,17 @@ _MAY_DIFFER = (
 )  # fmt: skip
 
 
+# Where a data file lies may differ as well: the fingerprint of the rows says whether they are the same.
+_SOURCE_PATH = re.compile(r"data\.(eval_)?sources\.\d+\.path")
+
+
 def _same_recipe(run: Run, recipe: Recipe) -> None:
     if not run.recipe_file.is_file():
         return
     old, _ = parse_recipe(run.recipe_file.read_text(encoding="utf-8"), str(run.recipe_file))
     before, now = (_flat(r.model_dump(mode="json")) for r in (old, recipe))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    changed = [key for key in changed if not key.startswith(_MAY_DIFFER)]
+    changed = [key for key in changed if not key.startswith(_MAY_DIFFER) and not _SOURCE_PATH.fullmatch(key)]
     if changed:
         shown = "; ".join(f"{key}: {before.get(key)} → {now.get(key)}" for key in changed[:5])
         raise RunFolderError(

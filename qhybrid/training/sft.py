@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from qhybrid.base.load import load_base
 from qhybrid.base.locate import hub_commit, model_folder
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import PreparedData, prepare_data
+from qhybrid.data.readers import with_whole_paths
 from qhybrid.errors import AllocationError, RecipeError, TrainingError
 from qhybrid.recipe.load import LoadedRecipe, resolve
 from qhybrid.recipe.schema import Recipe
@@ -30,6 +33,7 @@ from qhybrid.training.arguments import training_arguments
 from qhybrid.training.callbacks.allocate import AllocateRanks
 from qhybrid.training.callbacks.record import RecordSteps
 from qhybrid.training.callbacks.replace import DiscardReplaced
+from qhybrid.training.checkpoint import newest_sealed, step_of
 from qhybrid.training.display import ProgressDisplay
 from qhybrid.training.events import EventLog, read_events
 from qhybrid.training.memory import limit_vram, measured_memory, process_peak_bytes
@@ -63,6 +67,7 @@ def run_sft(
     """
     console = console or Console()
     recipe = resolve(loaded.recipe)
+    recipe = recipe.model_copy(update={"data": with_whole_paths(recipe.data, loaded.folder)})
     preflight(recipe, base_folder=loaded.folder, resume=resume, overwrite=overwrite)
     before = Run(Path(recipe.output_dir)).status if resume else None
     if before and before["status"] == "finished":
@@ -85,9 +90,12 @@ def run_sft(
             info = _info(recipe, data, hub_commit(base), date)
             figures = _train(recipe, layout, data, tokenizer, info, run, events, console)
         except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
-                events.write("failed", error=type(error).__name__, message=str(error))
-                run.write_status("failed", error=type(error).__name__)
+                events.write(status, error=type(error).__name__, message=str(error))
+                run.write_status(status, error=type(error).__name__)
+            if status == "interrupted":
+                console.print(_what_is_left(run), highlight=False, soft_wrap=True)
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise _out_of_memory(recipe, error) from None
             raise
@@ -141,17 +149,30 @@ def _train(
 
 def _trainer(recipe: Recipe, layout: Layout, data: PreparedData, tokenizer, model, run: Run) -> BandedTrainer:
     try:
-        return BandedTrainer(
-            model=model,
-            recipe=recipe,
-            layout=layout,
-            args=training_arguments(recipe, run.checkpoints),
-            train_dataset=data.train,
-            eval_dataset=data.eval,
-            processing_class=tokenizer,
-        )
+        with _tensorboard_in(run.folder / "tensorboard"):
+            return BandedTrainer(
+                model=model,
+                recipe=recipe,
+                layout=layout,
+                args=training_arguments(recipe, run.checkpoints),
+                train_dataset=data.train,
+                eval_dataset=data.eval,
+                processing_class=tokenizer,
+            )
     except (ValueError, TypeError, ImportError, AssertionError) as error:
         raise RecipeError(f"training: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """Its files go to the run folder, not among the checkpoints, unless the environment says where."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    given = os.environ.setdefault(name, str(folder))
+    try:
+        yield
+    finally:
+        if given == str(folder):
+            del os.environ[name]
 
 
 def _require_allocations(trainer: BandedTrainer, run: Run) -> None:
@@ -166,6 +187,13 @@ def _require_allocations(trainer: BandedTrainer, run: Run) -> None:
                 hint=f"{run.adapter} holds the adapter at its initial rank; train longer, or shorten "
                 "adalora.warmup",
             )
+
+
+def _what_is_left(run: Run) -> str:
+    checkpoint = newest_sealed(run.checkpoints)
+    if checkpoint is None:
+        return "stopped before the first checkpoint: --resume auto starts from the beginning"
+    return f"stopped; {checkpoint.name} is whole: go on with --resume auto"
 
 
 def _out_of_memory(recipe: Recipe, error: Exception) -> TrainingError:
@@ -205,7 +233,7 @@ def _figures(trainer: BandedTrainer, events: EventLog, run: Run, seconds: float)
     figures: dict[str, Any] = {
         "optimizer_steps": trainer.state.global_step,
         "first_loss": records[0]["loss"],
-        "last_loss": sum(record["loss"] for record in tail) / len(tail),
+        "last_tenth_loss": sum(record["loss"] for record in tail) / len(tail),
         "tokens_per_second": sum(r["tokens"] for r in records) / sum(r["seconds"] for r in records),
         "seconds": round(seconds, 1),
         **{f"peak_{key}": max(r["memory"].get(key, 0) for r in records) for key in measured_memory()},
@@ -216,6 +244,9 @@ def _figures(trainer: BandedTrainer, events: EventLog, run: Run, seconds: float)
         figures["eval_loss"] = evaluations[-1]["eval_loss"]
         if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
             figures["eval_loss"] = trainer.state.best_metric  # that adapter was loaded back
+            figures["adapter_of_step"] = step_of(Path(trainer.state.best_model_checkpoint))
+    if trainer.state.global_step < trainer.state.max_steps:
+        figures["stopped_early_of"] = trainer.state.max_steps
     if trainer.allocators:
         figures["live_ranks"] = trainer.num_live_triplets()
         figures["target_ranks"] = sum(allocator.schedule.target_budget for allocator in trainer.allocators)
@@ -254,15 +285,21 @@ def _announce(
     line(f"run      {run.folder}" + (f", resumed from {run.resume_from.name}" if run.resume_from else ""))
 
 
+def _early(figures: dict[str, Any]) -> str:
+    of = figures.get("stopped_early_of")
+    return "" if of is None else f" of {format_count(of)}, stopped early"
+
+
 def summary_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """The final table: names and values as text."""
     rows = [
-        ("optimizer steps", format_count(figures["optimizer_steps"])),
+        ("optimizer steps", format_count(figures["optimizer_steps"]) + _early(figures)),
         ("training loss, first step", f"{figures['first_loss']:.4f}"),
-        ("training loss, last tenth", f"{figures['last_loss']:.4f}"),
+        ("training loss, last tenth", f"{figures['last_tenth_loss']:.4f}"),
     ]
     if "eval_loss" in figures:
-        rows.append(("evaluation loss", f"{figures['eval_loss']:.4f}"))
+        best = f", the best: of step {figures['adapter_of_step']}" if "adapter_of_step" in figures else ""
+        rows.append(("evaluation loss", f"{figures['eval_loss']:.4f}{best}"))
     rows += [
         ("speed", f"{figures['tokens_per_second']:,.0f} tokens/s"),
         ("training time", format_duration(figures["seconds"])),

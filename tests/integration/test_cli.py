@@ -170,14 +170,62 @@ def test_doctor_finds_this_machine_ready():
 
 def test_trackers_through_report_to(project):
     done = qhybrid(
-        "sft", "recipe.yaml", "training.report_to=[tensorboard]", "training.logging_steps=1", cwd=project,
-        TENSORBOARD_LOGGING_DIR=str(project / "tb"),
+        "sft", "recipe.yaml", "training.report_to=[tensorboard]", "training.logging_steps=1", cwd=project
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = EventAccumulator(str(project / "tb")).Reload()
+    log = EventAccumulator(str(project / "out" / "tensorboard")).Reload()
     assert [event.step for event in log.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sft", "recipe.yaml", "--resume", "auto", "--overwrite"], "give one of them"),
+        (["train", "recipe.yaml"], "'sft'"),
+        (["eval", "eval.jsonl", "--adapter", "nowhere"], "there is no nowhere"),
+        (["eval", "eval.jsonl", "--model", "x", "--no-generation", "--predictions", "p"], "nothing to write"),
+        (["eval", "other.jsonl", "--model", "MODEL"], "--columns prompt=q --columns completion=a"),
+        (["recipes", "check", "missing_data.yaml"], "gone.jsonl"),
+        (["recipes", "check", "overlap.yaml"], "both claim"),
+        (["recipes", "show", "recipe.yaml", "--layout", "model.path=org/name"], "--config"),
+    ],
+)
+def test_more_mistakes_are_one_message(project, arguments, words):
+    recipe = json.loads((project / "recipe.yaml").read_text())
+    write_rows(project / "other.jsonl", [{"q": "one?", "a": "one"}] * 3)
+    missing = {**recipe, "data": {"sources": "gone.jsonl"}, "training": {}}
+    (project / "missing_data.yaml").write_text(json.dumps(missing))
+    overlap = {**recipe, "adapters": [{"band": "a", "layers": "0-3"}, {"band": "b", "layers": "3-5"}]}
+    (project / "overlap.yaml").write_text(json.dumps(overlap))
+    arguments = [recipe["model"]["path"] if argument == "MODEL" else argument for argument in arguments]
+    done = qhybrid(*arguments, cwd=project)
+    assert done.returncode == 2 and words in " ".join(done.stderr.split()), done.stderr
+
+
+def test_the_recipe_in_a_run_folder_can_be_used_again_from_anywhere(project, tmp_path_factory):
+    """It names its data from the root."""
+    done = qhybrid("sft", project / "recipe.yaml", f"output_dir={project / 'out'}", cwd=project.parent)
+    assert done.returncode == 0, done.stderr
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    again = qhybrid("sft", project / "out" / "recipe.yaml", "output_dir=second", cwd=elsewhere)
+    assert again.returncode == 0, again.stderr
+    weights = "adapter/adapter.safetensors"
+    assert (elsewhere / "second" / weights).read_bytes() == (project / "out" / weights).read_bytes()
+
+
+def test_copied_recipes_bring_their_data(tmp_path):
+    done = qhybrid("recipes", "copy", "demo", "mine.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data" / "orders_train.jsonl").is_file() and (tmp_path / "mine.yaml").is_file()
+    assert qhybrid("recipes", "check", "mine.yaml", cwd=tmp_path).returncode == 0
+
+
+def test_preflight_loads_no_torch():
+    """A mistake is told within a second."""
+    code = "import sys, qhybrid.training.preflight; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -181,6 +181,7 @@ def test_gradient_scale_is_taken_out():
 )
 @settings(max_examples=300, deadline=None)
 def test_any_schedule_falls_from_start_to_target(total, warmup, final, start, data):
+    assume(warmup + final < 1)  # or the recipe refuses it
     target = data.draw(st.integers(1, start))
     section = AdaLoraSection(warmup=warmup, final=final)
     try:

@@ -28,7 +28,7 @@ FAULTS = {
     "'messages' is not a list of messages": {"messages": "user: hello"},
     "'content' is empty": chat("question", "  "),
     "'content' is null": chat(None, "answer"),
-    "unknown role": chat("a", "b", roles=("user", "narrator")),
+    "unknown role 'narrator'": chat("a", "b", roles=("user", "narrator")),
     "no assistant turn": chat("a", "b", roles=("user", "user")),
     "more than one system message": {"messages": [SYSTEM, SYSTEM, *chat("a", "b")["messages"]]},
 }

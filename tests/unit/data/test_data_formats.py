@@ -111,7 +111,7 @@ MESSAGES_FAULTS = [
     (["x"], "malformed message (role or content is missing)"),
     ([{"role": "user"}], "malformed message (role or content is missing)"),
     ([{"role": 3, "content": "x"}], "malformed message (role or content is missing)"),
-    ([{"role": "narrator", "content": "x"}], "unknown role"),
+    ([{"role": "narrator", "content": "x"}], "unknown role 'narrator'"),
     ([{"role": "user", "content": None}], "'content' is null"),
     ([{"role": "user", "content": " \n"}], "'content' is empty"),
     ([{"role": "user", "content": ["x"]}], "'content' is not text"),

@@ -298,8 +298,8 @@ def test_keys_of_other_tools_without_a_counterpart():
     assert notices[-1].endswith("left out: pad_to_sequence_len, lora_model_dir, lora_fan_in_fan_out")
     both = error_of(FOREIGN + "evals_per_epoch: 4\noverwrite_output_dir: true\n")
     assert (
-        "r.yaml:21: evals_per_epoch" in both
-        and "r.yaml:22: overwrite_output_dir" in both
+        "r.yaml:22: evals_per_epoch" in both
+        and "r.yaml:23: overwrite_output_dir" in both
         and "--overwrite" in both
     )
 

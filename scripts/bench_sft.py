@@ -35,6 +35,7 @@ SHAPES = {
 }  # fmt: skip
 RANK, ALPHA = 8, 16
 WARM_UP = 3  # pairs that are not counted
+TOLD = "told: "
 
 
 def token_rows(number: int, length: int, vocabulary: int):
@@ -45,6 +46,11 @@ def token_rows(number: int, length: int, vocabulary: int):
     labels = ids.clone()
     labels[:, : 2 * length // 3] = -100
     return ids.tolist(), labels.tolist()
+
+
+def tell(facts: dict) -> None:
+    """Say something to the parent process; transformers prints its logs to the same pipe."""
+    print(TOLD + json.dumps(facts), flush=True)
 
 
 def turns():
@@ -66,7 +72,7 @@ def turns():
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds = None if self.began is None else time.perf_counter() - self.began
-            print(json.dumps({"seconds": seconds}), flush=True)
+            tell({"seconds": seconds})
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "loss" in logs:
@@ -198,8 +204,8 @@ class Side:
 
     def _read(self) -> dict:
         for line in self._process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
+            if line.startswith(TOLD):
+                return json.loads(line.removeprefix(TOLD))
         raise SystemExit("a side of the benchmark ended early; its message is above")
 
 
@@ -215,7 +221,7 @@ def main() -> None:
     parser.add_argument("--one", choices=["stock", "qhybrid", "bands"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one, options)))
+        tell(measure(options.one, options))
         return
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -68,6 +68,12 @@ def main() -> None:
     figure.colorbar(image, ax=right, shrink=0.85, label="rank").outline.set_visible(False)
     figure.savefig(picture, dpi=160)
     print(f"wrote {picture}")
+    if live:
+        means = {
+            target: np.mean([rank for module, rank in live.items() if module.endswith(f".{target}")])
+            for target in targets
+        }
+        print("mean rank at the end: " + ", ".join(f"{target} {mean:.1f}" for target, mean in means.items()))
 
 
 if __name__ == "__main__":

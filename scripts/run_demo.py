@@ -50,10 +50,9 @@ def main() -> None:
     console = Console()
     overrides = sys.argv[1:]
     recipe = load_recipe("demo", overrides).recipe
-    number = 1
+    first, number = recipe.output_dir, 1
     while Path(recipe.output_dir).exists():  # an earlier demo is kept
         number += 1
-        first = load_recipe("demo", sys.argv[1:]).recipe.output_dir
         overrides = [*sys.argv[1:], f"output_dir={first}-{number}"]
         recipe = load_recipe("demo", overrides).recipe
     began = time.perf_counter()
@@ -77,10 +76,16 @@ def main() -> None:
     table.add_row("perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}")
     console.print(table)
     asked = answers_after[0]["prompt"].split("<|im_start|>user\n")[1].split("<|im_end|>")[0].splitlines()[-1]
-    console.print("\nOne of them:", asked, markup=False, highlight=False)
-    console.print("before:", answers_before[0]["generated"].strip()[:200], markup=False, highlight=False)
-    console.print("after: ", answers_after[0]["generated"].strip()[:200], markup=False, highlight=False)
-    console.print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes; the run is in {recipe.output_dir}")
+    console.print("\nOne of them:", asked, markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        "before:", answers_before[0]["generated"].strip()[:200], markup=False, highlight=False, soft_wrap=True
+    )
+    console.print(
+        "after: ", answers_after[0]["generated"].strip()[:200], markup=False, highlight=False, soft_wrap=True
+    )
+    console.print(
+        f"\n{(time.perf_counter() - began) / 60:.1f} minutes; the run is in {recipe.output_dir}", soft_wrap=True
+    )
 
 
 if __name__ == "__main__":

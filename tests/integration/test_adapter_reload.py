@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +111,28 @@ def test_plain_peft_reads_it_without_qhybrid(trained, tmp_path, tiny_model_folde
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (load_file(out)["logits"] - logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("trained", ["nf4"], indirect=True)
+def test_the_snippet_of_the_docs_gives_the_same(trained, tmp_path, tiny_model_folder):
+    """docs/methods.md, as a user pastes it; in fp32, so that it can be compared."""
+    _, result, logits, _ = trained
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    snippet = text.partition("```python\n")[2].partition("```")[0]
+    assert "set_adapter" in snippet
+    for old, new in (
+        ("BASE", repr(str(tiny_model_folder))), ("bfloat16", "float32"), ("runs/demo", str(result.run.folder)),
+    ):  # fmt: skip
+        snippet = snippet.replace(old, new)
+    snippet += f"""
+import torch
+from safetensors.torch import save_file
+with torch.no_grad():
+    save_file({{"logits": model(torch.tensor({TOKENS.tolist()})).logits}}, {str(tmp_path / "out")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (load_file(tmp_path / "out")["logits"] - logits).abs().max() <= 1e-5
 
 
 def test_dropped_ranks_are_gone_from_the_peft_folder(trained):

@@ -220,6 +220,8 @@ def main() -> None:
     parser.add_argument("--bands", action="store_true")
     parser.add_argument("--one", choices=["stock", "qhybrid", "bands"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps < 2:
+        parser.error("--steps: at least 2 pairs")
     if options.one:
         tell(measure(options.one, options))
         return

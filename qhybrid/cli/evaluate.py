@@ -61,10 +61,9 @@ def command(
     source = _source(data, row_format, columns, limit)
     if not model and not adapter:
         raise ModelError("nothing to evaluate", hint="give --model or --adapter")
-    if adapter and (quantization or dtype or attn_implementation):
+    if adapter and (quantization or dtype):
         raise ModelError(
-            "an adapter knows how its base model is loaded",
-            hint="leave --quantization, --dtype and --attn-implementation out",
+            "an adapter knows its quantization and dtype", hint="leave --quantization and --dtype out"
         )
     if predictions and no_generation:
         raise DataError("--predictions has nothing to write with --no-generation", hint="leave one of them out")
@@ -95,7 +94,7 @@ def command(
             folder = folder / "adapter"
             if not folder.is_dir():
                 raise AdapterError(f"the run in {adapter} has not finished: it has no adapter yet")
-        loaded, tokenizer, info = load_adapter_for_inference(folder, model)
+        loaded, tokenizer, info = load_adapter_for_inference(folder, model, attn_implementation)
         system_prompt, date = info.system_prompt, info.date
     else:
         given = {"path": model, "dtype": dtype, "attn_implementation": attn_implementation}

@@ -30,11 +30,10 @@ def command(recipe: str, overrides: tuple[str, ...], resume: str | None, overwri
         click.echo(f"note: {notice}")
 
     from qhybrid.cli.main import quiet_libraries
-    from qhybrid.recipe.load import resolve
-    from qhybrid.training.preflight import preflight
+    from qhybrid.training.preflight import preflight, settle
 
     going_on = resume == "auto"
-    preflight(resolve(loaded.recipe), base_folder=loaded.folder, resume=going_on, overwrite=overwrite)
+    preflight(settle(loaded), base_folder=loaded.folder, resume=going_on, overwrite=overwrite)
     quiet_libraries()
     from rich.console import Console
     from rich.table import Table

@@ -24,13 +24,14 @@ def load_base_for_inference(
 
 
 def load_adapter_for_inference(
-    folder: Path, base: str | None = None
+    folder: Path, base: str | None = None, attn_implementation: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, AdapterInfo]:
     """An adapter on its base model, the tokenizer that it was trained with, and what is known of it.
 
     Args:
         folder: an adapter folder of qhybrid.
         base: where the base model lies, if not where the adapter says.
+        attn_implementation: another one than in training, say on a machine without flash attention.
 
     Raises:
         AdapterError: not an adapter, or its tensors do not fit its layout.
@@ -43,7 +44,7 @@ def load_adapter_for_inference(
             "revision": None if base else info.base_revision,
             "dtype": info.dtype,
             "adapter_dtype": info.adapter_dtype,
-            "attn_implementation": info.attn_implementation,
+            "attn_implementation": attn_implementation or info.attn_implementation,
         }
     )
     quantization = QuantizationSection.model_validate(

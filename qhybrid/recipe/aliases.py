@@ -241,9 +241,8 @@ def translate(source: Source) -> tuple[dict[str, Any], dict[Path, Path], list[st
         if not isinstance(section, dict):
             raise RecipeError(f"{target[0]} must be a mapping", where=source.where((target[0],)))
         if section.get(target[1], value) != value:
-            raise RecipeError(
-                f"{key} and {'.'.join(target)} say different things", where=where, hint="remove one of them"
-            )
+            other = ".".join(map(str, origins.get(target, target)))
+            raise RecipeError(f"{key} and {other} say different things", where=where, hint="remove one of them")
         section[target[1]] = value
         origins[target] = (key,)
 

@@ -136,6 +136,11 @@ def _apply_override(values: dict[str, Any], override: str, notices: list[str]) -
         foreign = None if key.partition(".")[0] in SECTIONS else settings_of(key, value)
     except RecipeError as error:
         raise RecipeError(error.message, hint=error.hint, where=OVERRIDE) from None
+    model = values.get("model")
+    if key == "bf16" and value is False and isinstance(model, dict) and model.get("dtype") == "float16":
+        foreign = []  # no contradiction
+    if foreign == []:
+        notices.append(f"{OVERRIDE}: {key} has no effect")
     if foreign is None:
         return [_set(values, key.split("."), value, override)]
     paths: list[KeyPath] = []
@@ -196,6 +201,9 @@ def _list_index(items: list, part: str, override: str) -> int:
         str(item.get("band", item.get("name", item.get("layers")))) if isinstance(item, dict) else str(item)
         for item in items
     ]
+    derived = [f"band{index}" for index in range(len(items))]  # as the schema calls a band without a name
+    if part in derived and part not in names:
+        return derived.index(part)
     if part in names:
         return names.index(part)
     raise RecipeError(

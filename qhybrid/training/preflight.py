@@ -9,10 +9,17 @@ from qhybrid.adapters.schedule import plan_schedules
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.spec import read_spec
 from qhybrid.base.locate import find_local
-from qhybrid.data.readers import check_local_source
+from qhybrid.data.readers import check_local_source, with_whole_paths
 from qhybrid.errors import RecipeError
+from qhybrid.recipe.load import LoadedRecipe, resolve
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.run import check_claim
+
+
+def settle(loaded: LoadedRecipe) -> Recipe:
+    """The recipe with nothing left open, and with local data files named from the root."""
+    recipe = resolve(loaded.recipe)
+    return recipe.model_copy(update={"data": with_whole_paths(recipe.data, loaded.folder)})
 
 
 def preflight(recipe: Recipe, *, base_folder: Path, resume: bool, overwrite: bool) -> None:

@@ -99,20 +99,28 @@ def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator[Run]:
         raise RunFolderError(f"output_dir {run.folder} cannot be written: {error.strerror}") from None
     try:
         _lock(lock, run.folder)
-        _bring_back(run.folder)  # left by a run that was killed before its first step
-        check_claim(recipe, resume=resume, overwrite=overwrite)
-        if overwrite:
-            _set_aside(run.folder)
-        checkpoint = newest_sealed(run.checkpoints) if resume else None
-        if checkpoint is not None and not (checkpoint / "optimizer.pt").is_file():
-            raise RunFolderError(
-                f"{checkpoint} holds no optimizer state (training.save_only_model)",
-                hint="it cannot be resumed exactly, only evaluated; start a new run in another output_dir",
-            )
-        yield Run(run.folder, resume_from=checkpoint)
+        try:
+            yield _claimed(run, recipe, resume=resume, overwrite=overwrite)
+        finally:
+            _bring_back(run.folder)
     finally:
-        _bring_back(run.folder)
         os.close(lock)
+
+
+def _claimed(run: Run, recipe: Recipe, *, resume: bool, overwrite: bool) -> Run:
+    _bring_back(run.folder)  # left by a run that was killed before its first step
+    check_claim(recipe, resume=resume, overwrite=overwrite)
+    if resume and (run.status or {}).get("status") == "finished":
+        raise RunFolderError(f"output_dir {run.folder} holds a finished run", hint="there is nothing to resume")
+    if overwrite:
+        _set_aside(run.folder)
+    checkpoint = newest_sealed(run.checkpoints) if resume else None
+    if checkpoint is not None and not (checkpoint / "optimizer.pt").is_file():
+        raise RunFolderError(
+            f"{checkpoint} holds no optimizer state (training.save_only_model)",
+            hint="it cannot be resumed exactly, only evaluated; start a new run in another output_dir",
+        )
+    return Run(run.folder, resume_from=checkpoint)
 
 
 def _lock(descriptor: int, folder: Path) -> None:
@@ -156,10 +164,16 @@ def _bring_back(folder: Path) -> None:
 def discard_replaced(run: Run) -> None:
     """Remove the run that this one replaces, for good."""
     aside, doomed = run.folder / _REPLACED, run.folder / f"{_REPLACED}.old"
+    if doomed.is_dir():
+        shutil.rmtree(doomed)  # left by a run that was killed right here
     if aside.is_dir():
         aside.rename(doomed)  # in one step: half a run must not come back
-    if doomed.is_dir():
         shutil.rmtree(doomed)
+
+
+def has_replaced(run: Run) -> bool:
+    """Whether an earlier run is set aside, to come back if this one takes no step."""
+    return (run.folder / _REPLACED).is_dir()
 
 
 def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -226,7 +240,7 @@ _MAY_DIFFER = (
 
 
 # Where a data file lies may differ as well: the fingerprint of the rows says whether they are the same.
-_SOURCE_PATH = re.compile(r"data\.(eval_)?sources\.\d+\.path")
+_DATA_PATH = re.compile(r"data\.((eval_)?sources\.\d+\.path|chat_template)")
 
 
 def _same_recipe(run: Run, recipe: Recipe) -> None:
@@ -235,7 +249,7 @@ def _same_recipe(run: Run, recipe: Recipe) -> None:
     old, _ = parse_recipe(run.recipe_file.read_text(encoding="utf-8"), str(run.recipe_file))
     before, now = (_flat(r.model_dump(mode="json")) for r in (old, recipe))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    changed = [key for key in changed if not key.startswith(_MAY_DIFFER) and not _SOURCE_PATH.fullmatch(key)]
+    changed = [key for key in changed if not key.startswith(_MAY_DIFFER) and not _DATA_PATH.fullmatch(key)]
     if changed:
         shown = "; ".join(f"{key}: {before.get(key)} → {now.get(key)}" for key in changed[:5])
         raise RunFolderError(
@@ -272,7 +286,8 @@ def begin(run: Run, recipe: Recipe, data_fingerprint: str, date: str) -> None:
     if run.resume_from is not None and before not in (None, data_fingerprint):
         raise RunFolderError(
             f"the data of the run in {run.folder} has changed since it was started",
-            hint="bring the old data files back, or start a new run in another output_dir",
+            hint="bring the old data files back, or start a new run in another output_dir; a chat template that "
+            "reckons with the date makes other rows each day",
         )
     write_atomically(run.recipe_file, dump_recipe(recipe))
     run.write_status("running", data_fingerprint=data_fingerprint, date=date)

@@ -22,12 +22,11 @@ from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import read_spec
 from qhybrid.base.load import load_base
-from qhybrid.base.locate import hub_commit, model_folder
+from qhybrid.base.locate import find_local, hub_commit, model_folder
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import PreparedData, prepare_data
-from qhybrid.data.readers import with_whole_paths
 from qhybrid.errors import AllocationError, RecipeError, TrainingError
-from qhybrid.recipe.load import LoadedRecipe, resolve
+from qhybrid.recipe.load import LoadedRecipe
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.arguments import training_arguments
 from qhybrid.training.callbacks.allocate import AllocateRanks
@@ -37,8 +36,8 @@ from qhybrid.training.checkpoint import newest_sealed, step_of
 from qhybrid.training.display import ProgressDisplay
 from qhybrid.training.events import EventLog, read_events
 from qhybrid.training.memory import limit_vram, measured_memory, process_peak_bytes
-from qhybrid.training.preflight import preflight
-from qhybrid.training.run import Run, begin, claim, versions, write_atomically
+from qhybrid.training.preflight import preflight, settle
+from qhybrid.training.run import Run, begin, claim, has_replaced, versions, write_atomically
 from qhybrid.training.trainer import BandedTrainer
 from qhybrid.units import format_bytes, format_count, format_duration
 
@@ -66,8 +65,7 @@ def run_sft(
         QhybridError: see `qhybrid.errors`; exit code 2 before training, 1 from training itself.
     """
     console = console or Console()
-    recipe = resolve(loaded.recipe)
-    recipe = recipe.model_copy(update={"data": with_whole_paths(recipe.data, loaded.folder)})
+    recipe = settle(loaded)
     preflight(recipe, base_folder=loaded.folder, resume=resume, overwrite=overwrite)
     before = Run(Path(recipe.output_dir)).status if resume else None
     if before and before["status"] == "finished":
@@ -87,7 +85,8 @@ def run_sft(
         _announce(console, recipe, layout, data, run, limit_vram(recipe.memory.vram))
         events = EventLog(run.events_file)
         try:
-            info = _info(recipe, data, hub_commit(base), date)
+            commit = hub_commit(base) if find_local(recipe.model) is None else None
+            info = _info(recipe, data, commit, date)
             figures = _train(recipe, layout, data, tokenizer, info, run, events, console)
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -97,7 +96,7 @@ def run_sft(
             if status == "interrupted":
                 console.print(_what_is_left(run), highlight=False, soft_wrap=True)
             if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise _out_of_memory(recipe, error) from None
+                raise _out_of_memory(recipe, run, error) from None
             raise
         finally:
             events.close()
@@ -189,23 +188,31 @@ def _require_allocations(trainer: BandedTrainer, run: Run) -> None:
             )
 
 
+_BACK = "no step was taken: the run that was to be replaced is back as it was"
+
+
 def _what_is_left(run: Run) -> str:
+    if has_replaced(run):
+        return _BACK
     checkpoint = newest_sealed(run.checkpoints)
     if checkpoint is None:
         return "stopped before the first checkpoint: --resume auto starts from the beginning"
     return f"stopped; {checkpoint.name} is whole: go on with --resume auto"
 
 
-def _out_of_memory(recipe: Recipe, error: Exception) -> TrainingError:
+def _out_of_memory(recipe: Recipe, run: Run, error: Exception) -> TrainingError:
+    smaller = (
+        "a smaller training.per_device_train_batch_size (with more gradient_accumulation_steps) or "
+        "training.max_length"
+    )
+    message = f"the GPU ran out of memory: {str(error).splitlines()[0]}"
+    if has_replaced(run):
+        return TrainingError(message, hint=f"{_BACK}; start again with --overwrite and {smaller}")
     if recipe.training.gradient_checkpointing:
         first = "lower training.per_device_eval_batch_size, if it was in an evaluation, and go on"
     else:
         first = "set training.gradient_checkpointing=true and go on"
-    return TrainingError(
-        f"the GPU ran out of memory: {str(error).splitlines()[0]}",
-        hint=f"{first} with --resume auto; or start anew with --overwrite and a smaller "
-        "training.per_device_train_batch_size (with more gradient_accumulation_steps) or training.max_length",
-    )
+    return TrainingError(message, hint=f"{first} with --resume auto; or start anew with --overwrite and {smaller}")
 
 
 def _info(recipe: Recipe, data: PreparedData, commit: str | None, date: str) -> AdapterInfo:

@@ -226,6 +226,9 @@ class BandedTrainer(SFTTrainer):
             if state.global_step >= state.max_steps or self._has_stopped_early(state):
                 self.state = state
                 self._start_allocators(state.max_steps, resume_from_checkpoint)
+                if self.recipe.training.optim.startswith("schedule_free"):  # the result is in its state
+                    self.create_optimizer_and_scheduler(state.max_steps)
+                    self._load_optimizer_and_scheduler(resume_from_checkpoint)
                 evaluated = {entry["step"] for entry in state.log_history if "eval_loss" in entry}
                 if self.args.eval_strategy == "epoch" and state.global_step not in evaluated:
                     self.evaluate()

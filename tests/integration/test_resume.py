@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import prepare_data
-from qhybrid.errors import RunFolderError
+from qhybrid.errors import RecipeError, RunFolderError
 from qhybrid.training.checkpoint import is_whole, newest_sealed, prune, seal
 from qhybrid.training.events import read_events
+from qhybrid.training.preflight import preflight, settle
 from qhybrid.training.sft import run_sft
 
 QUIET = Console(quiet=True)
@@ -168,6 +169,46 @@ def test_a_crash_before_the_adapter_was_written_still_gives_the_best_one(tmp_pat
     assert (again.run.adapter / "adapter.safetensors").read_bytes() == best
     for name in ("optimizer_steps", "eval_loss"):
         assert again.figures[name] == result.figures[name]
+
+
+def test_schedule_free_optimizers_give_the_averaged_weights_after_a_crash_too(tmp_path, tiny_model_folder):
+    """Checkpoints hold the weights that are trained; the result is what the optimizer's eval makes of them."""
+    loaded = run_recipe(
+        tmp_path, tiny_model_folder, adapters=[{"rank": 2}],
+        training={
+            "max_steps": 6, "optim": "schedule_free_adamw", "lr_scheduler_type": "constant",
+            "save_strategy": "steps", "save_steps": 3,
+        },
+    )  # fmt: skip
+    result = run_sft(loaded, console=QUIET)
+    whole = (result.run.adapter / "adapter.safetensors").read_bytes()
+    assert whole != (result.run.checkpoints / "checkpoint-6" / "adapter.safetensors").read_bytes()
+    mark_as_crashed(result.run)
+    assert (run_sft(loaded, resume=True, console=QUIET).run.adapter / "adapter.safetensors").read_bytes() == whole
+    mark_as_crashed(result.run)
+    shutil.rmtree(result.run.checkpoints / "checkpoint-6")
+    assert (run_sft(loaded, resume=True, console=QUIET).run.adapter / "adapter.safetensors").read_bytes() == whole
+
+
+def test_schedule_free_optimizers_are_refused_beside_adalora(tmp_path, tiny_model_folder):
+    training = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}
+    with pytest.raises(RecipeError, match="dropped triplets would come back"):
+        run_sft(run_recipe(tmp_path, tiny_model_folder, training=training), console=QUIET)
+
+
+def test_a_template_beside_the_recipe_does_not_stop_a_resume(tmp_path, tiny_model_folder, monkeypatch):
+    """The run folder names it from the root, the recipe by its name."""
+    (tmp_path / "dated.jinja").write_text(DATED)
+    loaded = run_recipe(
+        tmp_path, tiny_model_folder, adapters=[{"rank": 2}],
+        data={"sources": "train.jsonl", "chat_template": "dated.jinja"},
+        training={"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_length": None},
+    )  # fmt: skip
+    result = run_sft(loaded, console=QUIET)
+    mark_as_crashed(result.run)
+    preflight(settle(loaded), base_folder=loaded.folder, resume=True, overwrite=False)
+    monkeypatch.chdir(tmp_path)
+    run_sft(loaded, resume=True, console=QUIET)
 
 
 def test_pruning_leaves_the_newest_sealed_one(tmp_path):

@@ -14,9 +14,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from qhybrid.errors import AllocationError, DataError, NonFiniteError, RecipeError, RunFolderError
+from qhybrid.recipe.load import dump_recipe
 from qhybrid.training import sft
 from qhybrid.training.events import read_events
-from qhybrid.training.run import claim
+from qhybrid.training.preflight import settle
+from qhybrid.training.run import claim, discard_replaced, has_replaced
 from qhybrid.training.sft import run_sft
 from qhybrid.training.trainer import BandedTrainer
 
@@ -188,6 +190,62 @@ def test_a_run_that_was_killed_before_its_first_step_gives_back_what_it_replaced
             pass
     assert (tmp_path / "killed" / "run.json").read_bytes() == before
     assert (folder / "run.json").read_bytes() == before
+
+
+def test_a_process_that_is_refused_leaves_the_other_ones_folder_alone(finished, tmp_path):
+    loaded, result = finished
+    folder = tmp_path / "run"
+    shutil.copytree(result.run.folder, folder)
+    recipe = loaded.recipe.model_copy(update={"output_dir": str(folder)})
+    with claim(recipe, resume=False, overwrite=True) as run:
+        assert not run.adapter.exists()
+        with pytest.raises(RunFolderError, match="going on"), claim(recipe, resume=False, overwrite=False):
+            pass
+        assert not run.adapter.exists() and has_replaced(run)
+        (folder / ".replaced.old").mkdir()  # another run was killed while it removed what it replaced
+        (folder / ".replaced.old" / "layout.json").write_text("{}")
+        discard_replaced(run)
+        assert not list(folder.glob(".replaced*"))
+    assert not run.adapter.exists()
+
+
+def test_a_finished_run_that_came_back_is_not_trained_again(finished, tmp_path):
+    """Killed between --overwrite and the first step, and then resumed."""
+    loaded, result = finished
+    folder = tmp_path / "run"
+    shutil.copytree(result.run.folder, folder)
+    recipe = settle(loaded).model_copy(update={"output_dir": str(folder)})
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    aside = folder / ".replaced"
+    aside.mkdir()
+    for item in list(folder.iterdir()):
+        if item != aside:
+            item.rename(aside / item.name)
+    shutil.copyfile(aside / "recipe.yaml", folder / "recipe.yaml")
+    status = json.loads((aside / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**status, "status": "running", "process": {}}))
+    with pytest.raises(RunFolderError, match="finished run"), claim(recipe, resume=True, overwrite=False):
+        pass
+    assert (folder / "adapter" / "adapter.safetensors").is_file()
+
+
+def test_an_interrupted_overwrite_says_so(finished, tmp_path, tiny_model_folder, monkeypatch):
+    shutil.copytree(finished[1].run.folder, tmp_path / "run")
+
+    class Interrupted(BandedTrainer):
+        def compute_loss(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sft, "BandedTrainer", Interrupted)
+    console = Console(record=True, quiet=False, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    with pytest.raises(KeyboardInterrupt):
+        run_sft(run_recipe(tmp_path, tiny_model_folder), overwrite=True, console=console)
+    assert "is back as it was" in console.export_text()
+    with pytest.raises(KeyboardInterrupt):
+        run_sft(run_recipe(tmp_path / "second", tiny_model_folder), console=console)
+    assert "before the first checkpoint" in console.export_text()
+    status = json.loads((tmp_path / "second" / "run" / "run.json").read_text())
+    assert status["status"] == "interrupted"
 
 
 def test_two_processes_do_not_get_the_same_folder(tmp_path):

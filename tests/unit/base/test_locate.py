@@ -8,13 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qhybrid.base.locate import locate, model_folder, tokenizer_folder, weight_files
+from qhybrid.base.locate import hub_commit, locate, model_folder, tokenizer_folder, weight_files
 from qhybrid.errors import ModelError
 from qhybrid.recipe.schema import ModelSection
 
 
 def find(path, **settings):
     return locate(ModelSection(path=str(path), **settings))
+
+
+def test_only_the_cache_of_the_hub_has_commits(tmp_path):
+    assert hub_commit(tmp_path / "models--a--b" / "snapshots" / "abc123") == "abc123"
+    assert hub_commit(tmp_path / "models" / "a") is None
 
 
 def refused(path, match, **settings):

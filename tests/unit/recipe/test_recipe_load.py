@@ -327,6 +327,23 @@ def test_an_empty_section_leaves_everything_at_its_default():
     assert recipe.training.learning_rate == 2e-4 and recipe.quantization.method == "nf4"
 
 
+def test_overrides_of_one_kind_do_not_depend_on_their_order():
+    for overrides in (["fp16=true", "bf16=false"], ["bf16=false", "fp16=true"]):
+        recipe, _ = parse_recipe(FOREIGN.replace("bf16: true\n", ""), "r", overrides)
+        assert recipe.model.dtype == "float16"
+
+
+def test_a_band_can_be_named_as_errors_name_it():
+    text = GOOD.replace("  - band: mid\n    layers", "  - layers")
+    recipe, _ = parse_recipe(text, "r", ["adapters.band1.rank=3", "adapters.bottom.rank=2"])
+    assert [(band.band, band.rank) for band in recipe.adapters] == [("bottom", 2), ("band1", 3)]
+
+
+def test_an_override_without_an_effect_says_so():
+    _, notices = parse_recipe(GOOD, "r", ["wandb_project=x"])
+    assert notices == ["command line: wandb_project has no effect"]
+
+
 def test_an_override_of_one_place_leaves_its_anchor_alone():
     text = GOOD.replace(
         "adapters:\n",

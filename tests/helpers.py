@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import spec_from_config
 from qhybrid.data.templates import CHATML
+from qhybrid.errors import RecipeError
 from qhybrid.recipe.load import LoadedRecipe, parse_recipe
 from qhybrid.recipe.schema import Recipe
 
@@ -101,6 +104,16 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
     return file
 
 
+def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantisation, as users of transformers ask for it."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
 def randomize_adapters(model, seed: int = 1, scale: float = 0.05) -> None:
     """Give every trained parameter a random change, so that no adapter is the identity."""
     generator = torch.Generator().manual_seed(seed)
@@ -168,3 +181,29 @@ def run_recipe(
         }
     )
     return LoadedRecipe(recipe, folder / "recipe.yaml")
+
+
+GOOD_RECIPE = """\
+model:
+  path: org/model
+adapters:
+  - layers: bottom
+    kind: lora+
+    rank: 8
+  - band: mid
+    layers: 30%-70%
+    kind: adalora
+    rank: 8
+data:
+  sources: rows.jsonl
+training:
+  learning_rate: 2e-4
+output_dir: out
+"""
+
+
+def recipe_error(text: str, overrides: Sequence[str] = ()) -> str:
+    """The message with which `text` is refused."""
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yaml", overrides)
+    return str(caught.value)

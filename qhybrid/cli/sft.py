@@ -38,7 +38,8 @@ def command(recipe: str, overrides: tuple[str, ...], resume: str | None, overwri
     from rich.console import Console
     from rich.table import Table
 
-    from qhybrid.training.sft import run_sft, summary_rows
+    from qhybrid.training.sft import run_sft
+    from qhybrid.training.summary import summary_rows
 
     console = Console()
     result = run_sft(loaded, resume=going_on, overwrite=overwrite, console=console)

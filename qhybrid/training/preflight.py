@@ -13,7 +13,7 @@ from qhybrid.data.readers import check_local_source, with_whole_paths
 from qhybrid.errors import RecipeError
 from qhybrid.recipe.load import LoadedRecipe, resolve
 from qhybrid.recipe.schema import Recipe
-from qhybrid.training.run import check_claim
+from qhybrid.training.claim import check_claim
 
 
 def settle(loaded: LoadedRecipe) -> Recipe:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import run_recipe
+from helpers import nf4_config, run_recipe
 from rich.console import Console
 
 from qhybrid.adapters.attach import attach
@@ -26,14 +26,9 @@ TOKENS = torch.arange(4, 36)[None]
 
 
 def test_load_is_bit_equal_to_transformers(tiny_model_folder):
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    nf4 = nf4_config(torch.bfloat16)
     theirs = AutoModelForCausalLM.from_pretrained(
         tiny_model_folder, dtype=torch.bfloat16, quantization_config=nf4, device_map={"": 0}
     )

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from qhybrid.errors import AllocationError, DataError, NonFiniteError, RecipeError, RunFolderError
 from qhybrid.recipe.load import dump_recipe
 from qhybrid.training import sft
+from qhybrid.training.claim import claim, discard_replaced, has_replaced
 from qhybrid.training.events import read_events
 from qhybrid.training.preflight import settle
-from qhybrid.training.run import claim, discard_replaced, has_replaced
 from qhybrid.training.sft import run_sft
+from qhybrid.training.summary import summary_rows
 from qhybrid.training.trainer import BandedTrainer
 
 QUIET = Console(quiet=True)
@@ -312,7 +313,7 @@ def test_a_run_that_stopped_early_says_how_many_ranks_it_has(tmp_path, tiny_mode
     weights = load_file(result.run.adapter / "adapter.safetensors")
     alive = sum(int(value.count_nonzero()) for name, value in weights.items() if "lambda" in name)
     assert result.figures["live_ranks"] == alive > result.figures["target_ranks"]
-    assert any("not reached" in value for _, value in sft.summary_rows(result.figures))
+    assert any("not reached" in value for _, value in summary_rows(result.figures))
 
 
 def test_overflowing_gradients_do_not_enter_the_scores(tiny_model_folder):

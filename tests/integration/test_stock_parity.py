@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import run_recipe
+from helpers import nf4_config, run_recipe
 from rich.console import Console
 
 from qhybrid.base.load import keep_exact_on_cpu
@@ -18,7 +18,7 @@ def stock_losses(model_folder, train_file, training, quantized):
     """What a user of trl and peft writes, without qhybrid. Losses and gradient norms of every step."""
     from datasets import load_dataset
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
     from trl import SFTConfig, SFTTrainer
 
     class Losses(TrainerCallback):
@@ -35,12 +35,7 @@ def stock_losses(model_folder, train_file, training, quantized):
             "completion": [{"role": "assistant", "content": row["output"]}],
         }
 
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
+    nf4 = nf4_config(torch.float32)
     model = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.float32, quantization_config=nf4 if quantized else None
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import TrainerCallback
 
-from qhybrid.training.run import Run, discard_replaced
+from qhybrid.training.claim import discard_replaced
+from qhybrid.training.run import Run
 
 
 class DiscardReplaced(TrainerCallback):

@@ -239,21 +239,27 @@ def test_the_regulariser_of_orthonormal_factors_has_no_gradient():
 
 
 def test_the_regulariser_stays_below_the_usual_clipping_norm_on_a_7b_model():
-    """Else clipping would scale down the other bands: the squares of eq. 4 give 1.13 here, above max_grad_norm."""
+    """Else clipping would scale down the other bands, as with the squares of eq. 4 and the same weight."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008)]  # Llama-2-7B, one layer; rank 24
-    pairs = [
-        (
-            nn.Parameter(torch.randn(out, 24, generator=generator) * 0.02),
-            nn.Parameter(torch.randn(24, inner, generator=generator) * 0.02),
-        )
-        for out, inner in shapes
-    ]
-    for parameter in (one for pair in pairs for one in pair):
-        parameter.grad = torch.zeros_like(parameter)
+    layer = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008)]  # Llama-2-7B; its middle third is 10 layers
+    pairs = []
+    for out, inner in layer * 10:
+        p = nn.Parameter(torch.randn(out, 24, generator=generator) * 0.02)
+        q = nn.Parameter(torch.randn(24, inner, generator=generator) * 0.02)
+        p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
+        pairs.append((p, q))
     add_regularizer(pairs, 0.1)
+    max_grad_norm = 1.0  # trl's default
     norm = torch.stack([one.grad.norm() for pair in pairs for one in pair]).norm()
-    assert norm < 0.1  # of one layer; the mean over more layers only lowers it
+    assert norm < 0.1 * max_grad_norm
+    squared = torch.stack(
+        [
+            0.1 * 4 * (one @ (one.T @ one - torch.eye(24))).norm() / len(pairs)
+            for p, q in pairs
+            for one in (p.detach(), q.detach().T)
+        ]
+    ).norm()  # the mean over modules, where the paper even has the sum
+    assert squared > max_grad_norm
 
 
 def test_folding_into_lora_is_exact():

@@ -1,0 +1,221 @@
+"""Who may take a run folder: no foreign one, no running one; nothing is lost to a run that never began."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from qhybrid.errors import RunFolderError
+from qhybrid.recipe.load import parse_recipe
+from qhybrid.recipe.schema import Recipe
+from qhybrid.training.checkpoint import newest_sealed
+from qhybrid.training.events import read_events
+from qhybrid.training.run import Run
+
+_LEFT_BY_A_RUN = (
+    "adapter", "checkpoints", "events.jsonl", "audit.json", "layout.json", "tensorboard",
+    "recipe.yaml", "run.json",
+)  # fmt: skip
+_REPLACED = ".replaced"  # an earlier run, until its successor has taken a step
+
+
+@contextmanager
+def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> Iterator[Run]:
+    """Take the recipe's output_dir for a run, without ever losing what lies there; no other process gets it.
+
+    Args:
+        resume: go on from the newest sealed checkpoint if there is one; start afresh in an empty folder.
+        overwrite: set an earlier run of qhybrid in that folder aside. `discard_replaced` removes it once the
+            new run has taken a step; until then it comes back when the new one fails.
+
+    Raises:
+        RunFolderError: as `check_claim`; or the folder cannot be written, or the checkpoint has no optimizer.
+    """
+    check_claim(recipe, resume=resume, overwrite=overwrite)
+    run = Run(Path(recipe.output_dir))
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run.folder, os.O_RDONLY)
+    except OSError as error:
+        raise RunFolderError(f"output_dir {run.folder} cannot be written: {error.strerror}") from None
+    try:
+        _lock(lock, run.folder)
+        try:
+            yield _claimed(run, recipe, resume=resume, overwrite=overwrite)
+        finally:
+            _bring_back(run.folder)
+    finally:
+        os.close(lock)
+
+
+def _claimed(run: Run, recipe: Recipe, *, resume: bool, overwrite: bool) -> Run:
+    _bring_back(run.folder)  # left by a run that was killed before its first step
+    check_claim(recipe, resume=resume, overwrite=overwrite)
+    if resume and (run.status or {}).get("status") == "finished":
+        raise RunFolderError(f"output_dir {run.folder} holds a finished run", hint="there is nothing to resume")
+    if overwrite:
+        _set_aside(run.folder)
+    checkpoint = newest_sealed(run.checkpoints) if resume else None
+    if checkpoint is not None and not (checkpoint / "optimizer.pt").is_file():
+        raise RunFolderError(
+            f"{checkpoint} holds no optimizer state (training.save_only_model)",
+            hint="it cannot be resumed exactly, only evaluated; start a new run in another output_dir",
+        )
+    return Run(run.folder, resume_from=checkpoint)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    """Hold the folder until the descriptor is closed, or the process ends in whatever way."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _going_on(folder, "another process") from None
+    except OSError:
+        pass  # a file system without locks; run.json still tells of a run that is going on
+
+
+def _going_on(folder: Path, who: str) -> RunFolderError:
+    return RunFolderError(
+        f"a run is going on in output_dir {folder} ({who})", hint="wait for it, or choose another output_dir"
+    )
+
+
+def _set_aside(folder: Path) -> None:
+    """Move what a run leaves below `.replaced`; files of the user's own stay where they are."""
+    aside = folder / _REPLACED
+    aside.mkdir()
+    for name in _LEFT_BY_A_RUN:
+        if (folder / name).exists():
+            (folder / name).rename(aside / name)
+
+
+def _bring_back(folder: Path) -> None:
+    """Undo `_set_aside`, unless the new run got so far that the old one was discarded."""
+    aside = folder / _REPLACED
+    if not aside.is_dir():
+        return
+    for item in aside.iterdir():
+        newer = folder / item.name
+        if newer.is_dir():
+            shutil.rmtree(newer)
+        item.replace(newer)
+    aside.rmdir()
+
+
+def discard_replaced(run: Run) -> None:
+    """Remove the run that this one replaces, for good."""
+    aside, doomed = run.folder / _REPLACED, run.folder / f"{_REPLACED}.old"
+    if doomed.is_dir():
+        shutil.rmtree(doomed)  # left by a run that was killed right here
+    if aside.is_dir():
+        aside.rename(doomed)  # in one step: half a run must not come back
+        shutil.rmtree(doomed)
+
+
+def has_replaced(run: Run) -> bool:
+    """Whether an earlier run is set aside, to come back if this one takes no step."""
+    return (run.folder / _REPLACED).is_dir()
+
+
+def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output_dir that must not be touched. Changes nothing.
+
+    A run that stopped before its first step has nothing to lose: its folder is used again, in place.
+
+    Raises:
+        RunFolderError: a foreign folder, a run that is going on, a finished or interrupted run without leave to
+            touch it, or a run of another recipe to be resumed.
+    """
+    run = Run(Path(recipe.output_dir))
+    if run.folder.exists() and not run.folder.is_dir():
+        raise RunFolderError(f"output_dir {run.folder} is a file", hint="choose another output_dir")
+    if not run.folder.exists() or not any(run.folder.iterdir()):
+        return
+    if (run.folder / _REPLACED).is_dir() and run.status is None:
+        return  # killed while a run was set aside or brought back; `claim` brings it back, and asks again
+    status = run.status
+    if status is None:
+        raise RunFolderError(
+            f"output_dir {run.folder} holds files that are not from a run of qhybrid",
+            hint="choose another output_dir; nothing was changed",
+        )
+    if status["status"] == "running" and _is_alive(status.get("process", {})):
+        raise _going_on(run.folder, f"process {status['process']['pid']}")
+    if overwrite or (status["status"] != "finished" and not _has_trained(run)):
+        return
+    if not resume:
+        state = "a finished run" if status["status"] == "finished" else "an unfinished run"
+        raise RunFolderError(
+            f"output_dir {run.folder} holds {state}",
+            hint="go on with --resume auto, replace it with --overwrite, or choose another output_dir",
+        )
+    if recipe.training.train_sampling_strategy == "group_by_length":
+        raise RunFolderError(
+            "a run with training.train_sampling_strategy: group_by_length cannot be resumed in the same order",
+            hint="start a new run in another output_dir",
+        )
+    _same_recipe(run, recipe)
+
+
+def _is_alive(process: dict[str, Any]) -> bool:
+    """Whether the process that wrote run.json still runs; the start time tells it from a reused number."""
+    try:
+        other = psutil.Process(process["pid"])
+        return other.pid != os.getpid() and abs(other.create_time() - process["started"]) < 1
+    except (psutil.Error, KeyError, TypeError):
+        return False
+
+
+def _has_trained(run: Run) -> bool:
+    """Whether the run took a step."""
+    if run.adapter.exists() or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir())):
+        return True
+    return run.events_file.is_file() and bool(read_events(run.events_file, "step"))
+
+
+# What may differ between a run and its resumption: it changes neither the data nor the mathematics.
+_MAY_DIFFER = (
+    "training.logging_steps", "training.report_to", "training.run_name", "training.save_total_limit",
+    "training.gradient_checkpointing", "training.per_device_eval_batch_size", "memory.vram",
+)  # fmt: skip
+
+
+# Where a data file lies may differ as well: the fingerprint of the rows says whether they are the same.
+_DATA_PATH = re.compile(r"data\.((eval_)?sources\.\d+\.path|chat_template)")
+
+
+def _same_recipe(run: Run, recipe: Recipe) -> None:
+    if not run.recipe_file.is_file():
+        return
+    old, _ = parse_recipe(run.recipe_file.read_text(encoding="utf-8"), str(run.recipe_file))
+    before, now = (_flat(r.model_dump(mode="json")) for r in (old, recipe))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    changed = [key for key in changed if not key.startswith(_MAY_DIFFER) and not _DATA_PATH.fullmatch(key)]
+    if changed:
+        shown = "; ".join(f"{key}: {before.get(key)} → {now.get(key)}" for key in changed[:5])
+        raise RunFolderError(
+            f"the run in {run.folder} was started with another recipe ({shown})",
+            hint=f"resume with the recipe it was started with ({run.recipe_file} shows it), or choose another "
+            "output_dir",
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items: Any = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in items:
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,109 @@
+"""What is told of a run: a few lines before it, its figures after it, and the table that shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qhybrid.architecture.layout import Layout
+from qhybrid.data.prepare import PreparedData
+from qhybrid.recipe.schema import Recipe
+from qhybrid.training.checkpoint import step_of
+from qhybrid.training.events import EventLog, read_events
+from qhybrid.training.memory import measured_memory, process_peak_bytes
+from qhybrid.training.run import Run
+from qhybrid.training.trainer import BandedTrainer
+from qhybrid.units import format_bytes, format_count, format_duration
+
+
+def figures_of(trainer: BandedTrainer, events: EventLog, run: Run, seconds: float) -> dict[str, Any]:
+    steps = read_events(run.events_file, "step")
+    last = {record["step"]: record for record in steps}  # a resumed run logs some steps twice
+    records = [last[step] for step in sorted(last)]
+    tail = records[-max(1, len(records) // 10) :]
+    figures: dict[str, Any] = {
+        "optimizer_steps": trainer.state.global_step,
+        "first_loss": records[0]["loss"],
+        "last_tenth_loss": sum(record["loss"] for record in tail) / len(tail),
+        "tokens_per_second": sum(r["tokens"] for r in records) / sum(r["seconds"] for r in records),
+        "seconds": round(seconds, 1),
+        **{f"peak_{key}": max(r["memory"].get(key, 0) for r in records) for key in measured_memory()},
+        "peak_process_bytes": process_peak_bytes(),
+    }
+    evaluations = [record for record in read_events(run.events_file, "evaluation") if "eval_loss" in record]
+    if evaluations:
+        figures["eval_loss"] = evaluations[-1]["eval_loss"]
+        if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
+            figures["eval_loss"] = trainer.state.best_metric  # that adapter was loaded back
+            figures["adapter_of_step"] = step_of(Path(trainer.state.best_model_checkpoint))
+    if trainer.state.global_step < trainer.state.max_steps:
+        figures["stopped_early_of"] = trainer.state.max_steps
+    if trainer.allocators:
+        figures["live_ranks"] = trainer.num_live_triplets()
+        figures["target_ranks"] = sum(allocator.schedule.target_budget for allocator in trainer.allocators)
+        figures["allocations"] = sum(allocator.num_allocations for allocator in trainer.allocators)
+    events.write("end", **figures)
+    return figures
+
+
+def announce(
+    console: Console, recipe: Recipe, layout: Layout, data: PreparedData, run: Run, notice: str | None
+) -> None:
+    """What is about to happen, in a few lines."""
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    quantization = "4-bit NF4" if recipe.quantization.method == "nf4" else "unquantised"
+    line(f"model    {recipe.model.path} ({quantization}, {recipe.model.dtype})")
+    for band in layout.bands:
+        rows = layout.of_band(band)
+        first, last = rows[0], rows[-1]
+        rank = f"{first.rank}→{first.target_rank}" if first.kind == "adalora" else str(first.rank)
+        plus = f", LoRA+ ratio {first.loraplus_lr_ratio:g}" if first.loraplus_lr_ratio != 1 else ""
+        line(
+            f"band     {band}: {first.kind} rank {rank}{plus}, layers {first.layer}-{last.layer}, "
+            f"{len(rows)} modules"
+        )
+    line(f"trained  {format_count(layout.num_parameters)} parameters")
+    line(data.audit.to_text())
+    if data.eval is not None and recipe.training.eval_strategy == "no":
+        line("note: evaluation rows are given, but training.eval_strategy is no: they are not looked at")
+    if recipe.training.early_stopping_patience is not None and not recipe.training.load_best_model_at_end:
+        line("note: early stopping keeps the last adapter; training.load_best_model_at_end: true keeps the best")
+    if notice:
+        line(f"note: {notice}")
+    line(f"run      {run.folder}" + (f", resumed from {run.resume_from.name}" if run.resume_from else ""))
+
+
+def _early(figures: dict[str, Any]) -> str:
+    of = figures.get("stopped_early_of")
+    return "" if of is None else f" of {format_count(of)}, stopped early"
+
+
+def summary_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """The final table: names and values as text."""
+    rows = [
+        ("optimizer steps", format_count(figures["optimizer_steps"]) + _early(figures)),
+        ("training loss, first step", f"{figures['first_loss']:.4f}"),
+        ("training loss, last tenth", f"{figures['last_tenth_loss']:.4f}"),
+    ]
+    if "eval_loss" in figures:
+        best = f", the best: of step {figures['adapter_of_step']}" if "adapter_of_step" in figures else ""
+        rows.append(("evaluation loss", f"{figures['eval_loss']:.4f}{best}"))
+    rows += [
+        ("speed", f"{figures['tokens_per_second']:,.0f} tokens/s"),
+        ("training time", format_duration(figures["seconds"])),
+        ("process memory, peak", format_bytes(figures["peak_process_bytes"])),
+    ]
+    for name in ("allocated", "reserved"):
+        if f"peak_cuda_max_{name}_bytes" in figures:
+            rows.append((f"GPU memory {name}, peak", format_bytes(figures[f"peak_cuda_max_{name}_bytes"])))
+    if "live_ranks" in figures:
+        alive = f"{figures['live_ranks']} after {figures['allocations']} allocations"
+        if figures["live_ranks"] > figures["target_ranks"]:
+            alive += f"; the final choice of {figures['target_ranks']} was not reached"
+        rows.append(("AdaLoRA ranks alive", alive))
+    return rows

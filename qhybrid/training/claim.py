@@ -169,6 +169,8 @@ def _is_alive(process: dict[str, Any]) -> bool:
     """Whether the process that wrote run.json still runs; the start time tells it from a reused number."""
     try:
         other = psutil.Process(process["pid"])
+        if other.status() == psutil.STATUS_ZOMBIE:  # killed, and not yet collected by its parent
+            return False
         return other.pid != os.getpid() and abs(other.create_time() - process["started"]) < 1
     except (psutil.Error, KeyError, TypeError):
         return False

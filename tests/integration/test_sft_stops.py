@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from helpers import make_recipe, run_recipe
@@ -117,11 +121,6 @@ def test_a_run_without_a_step_leaves_its_folder_free(tmp_path, tiny_model_folder
 
 
 def test_foreign_and_running_folders_are_left_alone(tmp_path, tiny_model_folder):
-    import subprocess
-    import sys
-
-    import psutil
-
     loaded = run_recipe(tmp_path, tiny_model_folder)
     folder = tmp_path / "run"
     folder.mkdir()
@@ -142,6 +141,25 @@ def test_foreign_and_running_folders_are_left_alone(tmp_path, tiny_model_folder)
     finally:
         other.kill()
     assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_a_killed_process_that_nobody_collected_does_not_hold_its_folder(tmp_path):
+    """In a container the first process often collects none."""
+    recipe = make_recipe(output_dir=str(tmp_path / "run"))
+    with claim(recipe, resume=False, overwrite=False) as run:
+        run.write_status("running")
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    status = json.loads((run.folder / "run.json").read_text())
+    status["process"] = {"pid": other.pid, "started": psutil.Process(other.pid).create_time()}
+    (run.folder / "run.json").write_text(json.dumps(status))
+    with pytest.raises(RunFolderError, match="going on"), claim(recipe, resume=True, overwrite=False):
+        pass
+    other.kill()
+    while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with claim(recipe, resume=True, overwrite=False):
+        pass
+    other.wait()
 
 
 def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(finished, tmp_path):

@@ -35,6 +35,10 @@ class ModelError(QhybridError):
     """The base model cannot be found, read or used."""
 
 
+class HardwareError(QhybridError):
+    """The memory or the GPU that a plan is for is not given in a usable form."""
+
+
 class AdapterError(QhybridError):
     """A saved adapter cannot be read, or does not belong to the base model."""
 

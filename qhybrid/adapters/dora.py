@@ -58,7 +58,9 @@ class DoraMagnitude(nn.Module):
         """
         if self.holding and self._held is not None:
             return self._held
-        with torch.autocast(a.device.type, enabled=False):  # or the products below are rounded to bf16
+        with torch.autocast(
+            "cpu" if a.is_meta else a.device.type, enabled=False
+        ):  # or the products below are rounded to bf16
             norm = self._compute_norm(dequantized_weight(base), a.float(), b.float(), scaling)
         if self.holding:
             self._held = norm

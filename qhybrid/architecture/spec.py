@@ -6,7 +6,7 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qhybrid.errors import ModelError
 
@@ -27,6 +27,31 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Family:
+    """How a family's decoder layer differs from LLaMA's, as far as memory is concerned."""
+
+    norm: Literal["llama", "wide"] = "llama"  # "wide": the norm's weight is applied in fp32, before the cast
+    pre_norm: bool = True  # a norm before attention and before the MLP
+    post_norm: bool = False  # a norm after attention and after the MLP
+    qk_norm: Literal["none", "head", "full"] = "none"  # norms of queries and keys: by head, or over all heads
+    residual_scale: bool = False  # what joins the residual stream is multiplied by a number first
+    embedding_scale: bool = False  # so are the embeddings
+    rotates_by_parts: bool = False  # rotated and unrotated parts of a head are concatenated
+    softcaps_attention: bool = False  # attention scores go through tanh
+
+
+_LLAMA = Family()
+_FAMILIES: dict[str, Family] = {
+    "qwen3": Family(qk_norm="head"),
+    "phi3": Family(rotates_by_parts=True),
+    "gemma": Family(norm="wide", embedding_scale=True),
+    "gemma2": Family(norm="wide", post_norm=True, embedding_scale=True, softcaps_attention=True),
+    "granite": Family(residual_scale=True, embedding_scale=True),
+    "olmo2": Family(norm="wide", pre_norm=False, post_norm=True, qk_norm="full"),
+}
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The facts about a decoder-only model that bands, plans and exports need. All sizes are counts."""
 
@@ -40,6 +65,40 @@ class ModelSpec:
     vocab_size: int
     tie_word_embeddings: bool
     linears: tuple[Linear, ...]  # of one layer; every layer has the same
+    max_position_embeddings: int | None = None
+    sliding_window: int | None = None  # tokens that attention looks back, where it is limited
+
+    @property
+    def family(self) -> Family:
+        """How the decoder layer differs from LLaMA's."""
+        return _FAMILIES.get(self.model_type, _LLAMA)
+
+    @property
+    def num_norm_parameters(self) -> int:
+        """Weights of all RMSNorms: of the layers, and the last one."""
+        family, h = self.family, self.hidden_size
+        layer = 2 * h * (family.pre_norm + family.post_norm)
+        if family.qk_norm == "head":
+            layer += 2 * self.head_dim
+        elif family.qk_norm == "full":
+            layer += (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
+        return self.num_layers * layer + h
+
+    @property
+    def num_bias_parameters(self) -> int:
+        """Biases of all decoder linears."""
+        return self.num_layers * sum(linear.out_features for linear in self.linears if linear.bias)
+
+    @property
+    def num_embedding_parameters(self) -> int:
+        """The embedding, and lm_head where it is not the same."""
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, tied ones once."""
+        small = self.num_norm_parameters + self.num_bias_parameters
+        return self.num_linear_parameters + self.num_embedding_parameters + small
 
     def module_name(self, layer: int, linear: Linear) -> str:
         """The full module name in the Hugging Face model: "model.layers.3.self_attn.q_proj"."""
@@ -69,6 +128,7 @@ _FUSED = ("phi3",)
 # What all of them share: plain linear layers, nothing kept in fp32, and checkpoints with the model's own tensor
 # names. tests/integration/test_base_load.py holds each one's NF4 load bit-equal to transformers'.
 SUPPORTED_MODEL_TYPES = tuple(sorted([*_SEPARATE, *_FUSED]))
+_TIED_BY_DEFAULT = ("gemma", "gemma2", "smollm3")
 _DEFAULT_HEAD_DIM = {"gemma": 256, "gemma2": 256, "qwen3": 128}
 
 
@@ -156,6 +216,18 @@ def spec_from_config(config: dict[str, Any], where: str = "config.json") -> Mode
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=size("vocab_size"),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", model_type in ("gemma", "gemma2"))),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
         linears=linears,
+        max_position_embeddings=config.get("max_position_embeddings"),
+        sliding_window=_sliding_window(config),
     )
+
+
+def _sliding_window(config: dict[str, Any]) -> int | None:
+    """The window, where the family or the config puts it to use."""
+    window = config.get("sliding_window")
+    if not isinstance(window, int) or isinstance(window, bool):
+        return None
+    if config["model_type"] in ("qwen2", "qwen3", "smollm3"):
+        return window if config.get("use_sliding_window") else None
+    return window

@@ -63,7 +63,7 @@ def load_base(
     if getattr(config, "quantization_config", None) is not None:
         return _load_stored_nf4(folder, config, model, quantization, device)
 
-    shell, quantizer = _build_shell(config, model, quantization, device)
+    shell, quantizer = build_shell(config, model, quantization, device)
     with ExitStack() as stack:
         readers = [stack.enter_context(SafetensorsReader(path)) for path in weight_files(folder)]
         targets, missing = _match_tensors(shell, readers, folder)
@@ -145,7 +145,7 @@ def _nf4_config(model: ModelSection, quantization: QuantizationSection) -> BitsA
     )
 
 
-def _build_shell(
+def build_shell(
     config: PreTrainedConfig, model: ModelSection, quantization: QuantizationSection, device: torch.device
 ) -> tuple[PreTrainedModel, HfQuantizer | None]:
     """The model on the meta device, its linear layers replaced by Linear4bit where they will be quantised."""

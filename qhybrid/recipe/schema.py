@@ -234,6 +234,10 @@ class MemorySection(Section):
     """The memory that a run may use."""
 
     vram: str | None = None  # such as "24GiB"; caps what this process may take of the GPU
+    on_exceed: Literal["cap_rank", "error", "ignore"] = "cap_rank"  # when the plan does not fit into it
+    # With training.gradient_checkpointing: the layers that are checkpointed, as in a band's layers, or bands by
+    # name ("middle+top"); all of them when left out.
+    checkpoint_layers: str | None = None
 
     @field_validator("vram", mode="before")
     @classmethod

@@ -1,0 +1,397 @@
+"""A starting recipe from task, data and model, with a reason and a source for each number.
+
+It is a wish: nothing here looks at memory. Every band may be cut down to MIN_RANK in steps of MULTIPLE.
+docs/recommend.md has the rule, its evidence, and what nobody has measured.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qhybrid.architecture.spec import ModelSpec
+from qhybrid.errors import RecipeError
+from qhybrid.recipe.schema import DEFAULT_LORAPLUS_RATIO, AdaLoraSection, BandSection
+from qhybrid.recipe.yaml_source import dump_yaml
+from qhybrid.units import format_count
+
+Task = Literal[
+    "classification", "extraction", "rewriting", "instruction", "generation", "reasoning", "code", "seq2seq"
+]
+
+MIN_RANK = 4  # no band goes below it, whatever the memory
+MULTIPLE = 4  # every rank is a multiple of it
+MAX_RANK = 256  # the highest that the sources recommend
+RSLORA_RANK = 64  # from this middle rank on, plain bands divide by the root of the rank
+MIN_ADALORA_STEPS = 100
+
+# Rows for one optimizer step are the product, as in QLoRA's runs.
+_MICRO_BATCH, _ACCUMULATION = 4, 4
+_ALPHA = 32.0
+# rsLoRA with this alpha has the scale of LoRA with alpha 32 at rank 16: 8/√16 = 32/16.
+_RSLORA_ALPHA = 8.0
+# alpha times the rate in those of AdaLoRA's published runs that learn slowest. Λ sees only the product under Adam.
+_ADALORA_ALPHA_TIMES_RATE = 32 * 5e-4
+# Of the decoder's linears: QLoRA's 13B models lie below the second and its 33B models above it.
+_SMALL_MODEL, _LARGE_MODEL = 5e9, 20e9
+
+_WITHOUT_REGRET = "LoRA Without Regret, Thinking Machines 2025"
+_TINKER = "Tinker's LoRA primer, Thinking Machines 2025: at least as many parameters as trained tokens"
+_QLORA = "QLoRA, arXiv 2305.14314"
+_ADALORA = "AdaLoRA, arXiv 2303.10512"
+_RSLORA = "rsLoRA, arXiv 2312.03732"
+_LORAPLUS = "LoRA+, arXiv 2402.12354, and its authors' README"
+_BIDERMAN = "LoRA Learns Less and Forgets Less, arXiv 2405.09673"
+_PEFT = "peft's MetaMathQA benchmark, one seed"
+_DEPTH = (
+    "mixed: AdaLoRA (arXiv 2303.10512) for the top, MoLA (2402.08562) the middle, FIM-LoRA (2605.16800) no gain"
+)
+_THUMB = "rule of thumb, not measured"
+
+_Told = tuple[Any, str, str]  # a value, the reason and the source
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One value of the recommendation."""
+
+    name: str  # "adapters.top.rank", "training.learning_rate"
+    value: Any
+    reason: str  # one plain sentence: why this value
+    source: str
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Bands and training settings for a task, and why. Nothing of it is capped to memory."""
+
+    bands: tuple[BandSection, ...]
+    training: dict[str, Any]  # by SFTConfig's names
+    choices: tuple[Choice, ...]  # one for each value, in the order of the recipe
+    notes: tuple[str, ...]  # about the whole: the control to run, assumptions, limits
+
+    @property
+    def control(self) -> BandSection:
+        """One plain band over all layers with as many trained parameters: what the bands have to beat."""
+        return _control(self.bands)
+
+    def to_recipe(self, model_path: str) -> str:
+        """The recipe as YAML, each reason a comment at its line, the sources numbered at the end.
+
+        `data.sources` is a placeholder: "rows.jsonl".
+        """
+        sources = list(dict.fromkeys(choice.source for choice in self.choices))
+        reasons = {choice.name: f"{choice.reason} [{sources.index(choice.source) + 1}]" for choice in self.choices}
+        said: dict[str, str] = {}  # a line that an earlier band has explained, and that band
+
+        def lines(values: dict[str, Any], path: str, indent: str, band: str = "") -> Iterator[str]:
+            for key, value in values.items():
+                if isinstance(value, dict):
+                    yield f"{indent}{key}:"
+                    yield from lines(value, f"{path}.{key}", indent + "  ", band)
+                    continue
+                line = f"{indent}{key}: {_scalar(value)}"
+                reason = reasons.get(f"{path}.{key}")
+                if reason:
+                    first = said.setdefault(f"{line} {reason}", band)
+                    line += f"  # {reason if first == band else f'as in {first}'}"
+                yield line
+
+        text = [line for note in self.notes for line in _comment(note)]
+        text += ["", dump_yaml({"model": {"path": model_path}}).rstrip(), "", "adapters:"]
+        for band in self.bands:
+            name, *rest = lines(band.model_dump(exclude_unset=True), f"adapters.{band.band}", "    ", band.band)
+            text += [f"  - {name.lstrip()}", *rest]
+        text += ["", "data:", "  sources: rows.jsonl  # your rows: JSON, JSONL, CSV or Parquet", "", "training:"]
+        text += lines(self.training, "training", "  ")
+        text += ["", "output_dir: runs/recommended", "", "# Sources"]
+        text += [line for number, source in enumerate(sources, 1) for line in _comment(f"[{number}] {source}")]
+        return "\n".join(text) + "\n"
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """What a task says before its rows are seen."""
+
+    floor: int  # the rank where the data would do with less
+    tokens_per_row: int  # that the loss is taken on: an assumption, for rows that nobody has counted
+
+
+_PROFILES = {
+    "classification": _Profile(8, 8),  # a label and the end token
+    "extraction": _Profile(8, 64),
+    "rewriting": _Profile(16, 128),  # translations, summaries, changes of style
+    "instruction": _Profile(16, 256),
+    "generation": _Profile(16, 256),
+    "reasoning": _Profile(32, 512),
+    "code": _Profile(32, 256),
+}
+_ALIASES = {"seq2seq": "rewriting"}
+_FLOOR_REASONS = {
+    8: ("a short answer needs little, and the rank hardly matters with all linears adapted", _QLORA),
+    16: ("a common start; the rank hardly matters with all linears adapted", _QLORA),
+    32: ("long derivations are where low ranks fell behind: 16 to 64 in code", _BIDERMAN),
+}
+
+
+def recommend(spec: ModelSpec, *, task: str, rows: int, tokens_per_row: int | None = None) -> Recommendation:
+    """Propose bands and training settings for `rows` rows of `task` on the model `spec`.
+
+    The rank starts at a floor that depends on the task and doubles until the adapter has as many parameters as
+    there are trained tokens. It falls as models grow, since each rank has more parameters there. The bands differ
+    by a quarter of it. Every rank is at least MIN_RANK and a multiple of MULTIPLE. Memory is not looked at.
+
+    Args:
+        task: one of the words of `Task`.
+        rows: training rows.
+        tokens_per_row: the average number of tokens in a row that the loss is taken on: for most data those of the
+            answer. Left out, an average of the task is assumed, and a note says so.
+
+    Raises:
+        RecipeError: an unknown task, a count below 1, or a module that is too narrow for MIN_RANK.
+    """
+    name = _find_task(task)
+    if rows < 1:
+        raise RecipeError(f"rows is {rows}: a recommendation needs at least 1 row")
+    if tokens_per_row is not None and tokens_per_row < 1:
+        raise RecipeError(
+            f"tokens_per_row is {tokens_per_row}: it must be at least 1",
+            hint="leave it out to assume an average of the task",
+        )
+    per_row = tokens_per_row or _PROFILES[name].tokens_per_row
+    epochs = 3 if rows < 10_000 else 2 if rows < 50_000 else 1
+    steps = epochs * -(-rows // (_MICRO_BATCH * _ACCUMULATION))  # rounded up, exact for any size
+    rate = _learning_rate(spec)
+    told_rank = _middle_rank(spec, name, rows * per_row)
+    bands: list[BandSection] = []
+    choices: list[Choice] = []
+    for band, layers, told in _band_ranks(spec, told_rank):
+        if band == "middle" and steps >= MIN_ADALORA_STEPS:
+            values = _adalora_band(told, rate[0])
+        else:
+            values = _plain_band(told, rooted=told_rank[0] >= RSLORA_RANK)
+        if band == "middle" and steps < MIN_ADALORA_STEPS:
+            reason = f"{steps} optimizer steps are too few for AdaLoRA to score triplets and drop some"
+            values["kind"] = (values["kind"][0], reason, f"{_THUMB}; {_ADALORA}, trains for thousands")
+        values["dropout"] = _dropout(spec, epochs)
+        values["target_modules"] = (("all-linear",), "attention alone learns less", _WITHOUT_REGRET)
+        bands.append(_section(band, layers, values))
+        choices += [Choice(f"adapters.{band}.{key}", *told) for key, told in values.items()]
+    training = _training(rows, epochs, rate)
+    choices += [Choice(f"training.{key}", *told) for key, told in training.items()]
+    return Recommendation(
+        tuple(bands),
+        {key: told[0] for key, told in training.items()},
+        tuple(choices),
+        (
+            _control_note(bands),
+            *_data_notes(name, rows, per_row, tokens_per_row is None, told_rank[0] * _per_rank(spec)),
+            *_precision_notes(bands, rate[0]),
+            f"Not capped to memory. Ranks may be cut to {MIN_RANK} in steps of {MULTIPLE}.",
+        ),
+    )
+
+
+def _find_task(task: str) -> str:
+    word = task.strip().lower()
+    if word in _PROFILES:
+        return word
+    if word in _ALIASES:
+        return _ALIASES[word]
+    known = [*_PROFILES, *_ALIASES]
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    raise RecipeError(
+        f"unknown task {task!r}",
+        hint=(f"did you mean {nearest[0]!r}? " if nearest else "") + f"known: {', '.join(known)}",
+    )
+
+
+def _per_rank(spec: ModelSpec) -> int:
+    """Parameters of one rank with every linear adapted: 2,498,560 for Llama-2-7B."""
+    return spec.num_layers * sum(linear.in_features + linear.out_features for linear in spec.linears)
+
+
+def _highest_rank(spec: ModelSpec) -> int:
+    """Half the smallest side of a linear: up to there no adapter has more parameters than its matrix."""
+    side, target = min((min(lin.in_features, lin.out_features), lin.target) for lin in spec.linears)
+    if side < 2 * MIN_RANK:
+        raise RecipeError(
+            f"{target} is only {side} wide: too narrow for an adapter of rank {MIN_RANK}",
+            hint="write the bands by hand, with target_modules that leave it out",
+        )
+    return min(MAX_RANK, side // 2 // MULTIPLE * MULTIPLE)
+
+
+def _middle_rank(spec: ModelSpec, task: str, tokens: int) -> _Told:
+    """The rank before the bands differ, in doublings: the argument is good for an order of magnitude."""
+    floor, highest, per_rank = _PROFILES[task].floor, _highest_rank(spec), _per_rank(spec)
+    rank = min(floor, highest)
+    while rank < highest and rank * per_rank < tokens:
+        rank = min(2 * rank, highest)
+    if rank == highest < MAX_RANK:
+        return rank, "half the smallest side of a module, where LoRA is as large as the matrix", _THUMB
+    if rank == floor:
+        return rank, *_FLOOR_REASONS[floor]
+    against = f"{format_count(rank * per_rank)} parameters for {format_count(tokens)} trained tokens"
+    if rank * per_rank < tokens:
+        return rank, f"the highest in the sources; {against}", f"{_WITHOUT_REGRET}; {_BIDERMAN}"
+    return rank, f"{against}, in doublings", _TINKER
+
+
+def _band_ranks(spec: ModelSpec, told: _Told) -> Iterator[tuple[str, str, _Told]]:
+    """Name, layers and rank of each band: a quarter less at the bottom, a quarter more at the top.
+
+    Rounded towards the middle, which keeps the sum at three times its rank. The bands are equal where the top
+    would not fit, and one band takes all layers of a model with fewer than three.
+    """
+    rank = told[0]
+    if spec.num_layers < 3:
+        yield "all", "all", told
+        return
+    bottom = math.ceil(rank * 3 / 4 / MULTIPLE) * MULTIPLE
+    top = rank * 5 // 4 // MULTIPLE * MULTIPLE
+    if top > _highest_rank(spec):
+        bottom = top = rank
+    less = f"a quarter below the middle's {rank}; small, as the evidence is mixed"
+    more = f"a quarter above the middle's {rank}; small, as the evidence is mixed"
+    yield "bottom", "bottom", told if bottom == rank else (bottom, less, _DEPTH)
+    yield "middle", "middle", told
+    yield "top", "top", told if top == rank else (top, more, _DEPTH)
+
+
+def _plain_band(rank: _Told, *, rooted: bool) -> dict[str, _Told]:
+    """LoRA, or rsLoRA where ranks are high. Not DoRA: no better in peft's benchmark, and slower."""
+    ratio = DEFAULT_LORAPLUS_RATIO, "B's rate over A's; 2 to 4 for LLaMA models", _LORAPLUS
+    if rooted:
+        scale = f"scale {_RSLORA_ALPHA:g}/√r: LoRA's with alpha {_ALPHA:g} at rank 16"
+        return {
+            "kind": ("rslora", "at high ranks a scale of alpha/r slows learning", _RSLORA),
+            "rank": rank,
+            "alpha": (_RSLORA_ALPHA, scale, _THUMB),
+            "loraplus_lr_ratio": ratio,
+        }
+    return {
+        "kind": ("lora", "DoRA scored about the same and took 1.26 times as long", _PEFT),
+        "rank": rank,
+        "alpha": (_ALPHA, "the same for every rank, so that one learning rate suits them all", _WITHOUT_REGRET),
+        "loraplus_lr_ratio": ratio,
+    }
+
+
+def _adalora_band(rank: _Told, rate: float) -> dict[str, _Told]:
+    """AdaLoRA, with an alpha for the rate that it shares with the LoRA bands."""
+    alpha = float(f"{_ADALORA_ALPHA_TIMES_RATE / rate:.3g}")
+    both = f"{_ADALORA}; {_PEFT}"
+    why = f"makes up for the rate of {rate:g}; the published runs have 32 with 5e-4 and more"
+    return {
+        "kind": (
+            "adalora",
+            "moves rank to where it is used; at a small scale far below LoRA in peft's benchmark",
+            both,
+        ),
+        "rank": rank,
+        "alpha": (alpha, why, f"{_ADALORA}, table 8; the exchange: {_THUMB}"),
+        "adalora.init_rank": (rank[0] * 3 // 2, "1.5 times the rank at the end", _ADALORA),
+        "adalora.warmup": (0.1, "a tenth of the steps with all triplets, to score them", _THUMB),
+        "adalora.final": (0.3, "three tenths of the steps with the final ranks", _THUMB),
+    }
+
+
+def _section(band: str, layers: str, values: dict[str, _Told]) -> BandSection:
+    section: dict[str, Any] = {"band": band, "layers": layers}
+    nested: dict[str, Any] = {}
+    for key, told in values.items():
+        (nested if key.startswith("adalora.") else section)[key.rpartition(".")[2]] = told[0]
+    if nested:
+        section["adalora"] = AdaLoraSection(**nested)
+    return BandSection(**section)
+
+
+def _dropout(spec: ModelSpec, epochs: int) -> _Told:
+    if epochs == 1:
+        return 0.0, "no row is seen twice, so there is little to overfit", _THUMB
+    large = spec.num_linear_parameters > _LARGE_MODEL
+    reason = f"rows are seen {epochs} times; for models {'above' if large else 'up to'} 13 billion"
+    return 0.05 if large else 0.1, reason, _QLORA
+
+
+def _learning_rate(spec: ModelSpec) -> _Told:
+    """The rate of A, from three sizes of model."""
+    if spec.num_linear_parameters < _SMALL_MODEL:
+        rate, size, source = (
+            5e-4,
+            "below 5 billion",
+            f"{_WITHOUT_REGRET}, has it fall with width; the value: {_THUMB}",
+        )
+    elif spec.num_linear_parameters < _LARGE_MODEL:
+        rate, size, source = 2e-4, "of 7 and 13 billion", f"{_QLORA}, table 9"
+    else:
+        rate, size, source = 1e-4, "above 13 billion", f"{_QLORA}, table 9"
+    reason = f"half of {rate:g}, for models {size}: LoRA+ slows A and speeds B up"
+    return rate / 2, reason, f"{source}; the half: {_LORAPLUS}"
+
+
+def _training(rows: int, epochs: int, rate: _Told) -> dict[str, _Told]:
+    batch = f"with {_ACCUMULATION} steps of accumulation {_MICRO_BATCH * _ACCUMULATION} rows for an optimizer step"
+    return {
+        "num_train_epochs": (float(epochs), f"few rows are seen up to 3 times; here {format_count(rows)}", _THUMB),
+        "per_device_train_batch_size": (_MICRO_BATCH, batch, _QLORA),
+        "gradient_accumulation_steps": (
+            _ACCUMULATION, "large batches cost LoRA more than full fine-tuning", _WITHOUT_REGRET,
+        ),
+        "learning_rate": rate,
+        "lr_scheduler_type": ("cosine", "as in peft's benchmark; QLoRA keeps the rate constant", _PEFT),
+        "warmup_steps": (0.03, "3% of all optimizer steps", _QLORA),
+        "weight_decay": (0.0, "none in QLoRA's runs", _QLORA),
+    }  # fmt: skip
+
+
+def _control(bands: tuple[BandSection, ...]) -> BandSection:
+    middle = bands[len(bands) // 2]
+    return bands[0].model_copy(update={"band": "uniform", "layers": "all", "rank": middle.rank})
+
+
+def _control_note(bands: list[BandSection]) -> str:
+    if len({(band.kind, band.rank, band.alpha) for band in bands}) == 1:
+        return "A rule of thumb, not measured on your data. All layers have the same adapter here."
+    control = _control(tuple(bands))
+    keys = ("kind", "rank", "alpha", "dropout", "loraplus_lr_ratio")
+    override = ", ".join(f"{key}: {_scalar(getattr(control, key))}" for key in keys)
+    return (
+        "A rule of thumb, not measured on your data. Run a uniform control beside it, with as many parameters as "
+        f"the bands end with: adapters=[{{{override}}}]. If the bands do not beat it, keep the control."
+    )
+
+
+def _data_notes(task: str, rows: int, per_row: int, assumed: bool, capacity: int) -> Iterator[str]:
+    tokens = rows * per_row
+    basis = f", an assumption for {task}: count yours and give tokens_per_row" if assumed else ""
+    yield f"{format_count(tokens)} tokens are trained on: {format_count(rows)} rows with {per_row} in each{basis}."
+    if capacity < tokens:
+        yield (
+            f"The adapter has about {format_count(capacity)} parameters, fewer than that. Past its capacity LoRA "
+            "learns more slowly than full fine-tuning."
+        )
+
+
+def _precision_notes(bands: list[BandSection], rate: float) -> Iterator[str]:
+    # P and Q start at N(0, 0.02²), where bfloat16 numbers lie up to 2^-12 apart. Adam moves them by the rate.
+    if rate < 2**-13 and any(band.kind == "adalora" for band in bands):
+        yield (
+            f"At a rate of {rate:g} bfloat16 rounds away part of what P and Q learn in the AdaLoRA band; "
+            "model.adapter_dtype: float32 keeps it, for 8 more bytes for each trained parameter."
+        )
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(value) if len(value) == 1 else f"[{', '.join(value)}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(text, 112, initial_indent="# ", subsequent_indent="#   ", break_long_words=False)

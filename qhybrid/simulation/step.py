@@ -1,0 +1,251 @@
+"""Simulates a recipe's training: the model, the adapters, the trainer and the loss of a real run, on meta tensors.
+
+Two optimizer steps are taken, because the states that the first one makes are there in the second one's backward
+pass. No weights are needed, nothing is downloaded, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, PrinterCallback
+
+from qhybrid.adapters.attach import attach
+from qhybrid.architecture.bands import build_layout
+from qhybrid.architecture.layout import Layout
+from qhybrid.architecture.spec import spec_from_config
+from qhybrid.recipe.load import resolve
+from qhybrid.recipe.schema import Recipe
+from qhybrid.simulation.shell import meta_base, tensors_of
+from qhybrid.simulation.stand_ins import Device, Functions, answers_of, device_behaviour, scratch_of
+from qhybrid.simulation.tracker import CUDA_ROUNDING, StorageTracker, Timeline
+from qhybrid.training.arguments import training_arguments
+from qhybrid.training.callbacks.allocate import AllocateRanks
+from qhybrid.training.trainer import BandedTrainer
+
+_STEPS = 2
+_SCHEDULE_STEPS = 1000  # of which the simulated ones are the first: AdaLoRA scores, and does not yet allocate
+_PAD_TOKEN = 0
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a simulated run held, in bytes."""
+
+    peak_bytes: int
+    moment: str  # the phase in which the peak came: forward, backward or optimizer
+    components: dict[str, int]  # what was alive at the peak
+    moments: dict[str, int]  # the most that was alive in each phase
+    resting_bytes: int  # alive between two steps
+    timeline: Timeline
+
+
+def simulate(
+    recipe: Recipe, config: dict[str, Any], *, device: Device = "cuda", padded: bool = False
+) -> Simulation:
+    """Simulate `recipe` on a model with this config.json, every row as long as training.max_length.
+
+    Args:
+        device: whose kernels and rounding to assume.
+        padded: whether the batches have padding, so that the attention mask must be built.
+
+    Raises:
+        QhybridError: what a real run would raise before its first step.
+    """
+    recipe = _short(resolve(recipe))
+    layout = build_layout(recipe.adapters, spec_from_config(config))
+    tracker = StorageTracker(
+        rounding=CUDA_ROUNDING if device == "cuda" else 1,
+        scratch=scratch_of(device),
+        answers=answers_of(padded=padded),
+    )
+    with tempfile.TemporaryDirectory() as folder, device_behaviour(device, tracker) as functions:
+        shell = meta_base(recipe, config)
+        roles: dict[int, str] = {}
+        for name, tensor in tensors_of(shell):
+            tracker.follow(tensor, name)
+            quantized = recipe.quantization.method == "nf4" and _is_quantized(name, shell)
+            _mark(tracker, roles, tensor, "base weights" if quantized else "unquantised weights")
+        with tracker:
+            model = attach(shell, layout, dtype=getattr(torch, recipe.model.resolved_adapter_dtype))
+            for name, tensor in tensors_of(model):
+                kind = "adapters" if tensor.requires_grad else "DoRA norms"
+                if "lora_" in name:
+                    _mark(tracker, roles, tensor, kind)
+            trainer = _trainer(recipe, layout, model, Path(folder), tracker, functions, roles, device)
+            start = len(tracker.timeline.events)
+            trainer.train()
+        resting = tracker.timeline.alive_bytes()
+    return _result(tracker.timeline, start, roles, resting)
+
+
+def _short(recipe: Recipe) -> Recipe:
+    """The recipe, cut to what decides about memory."""
+    training = recipe.training.model_copy(
+        update={
+            "max_steps": _STEPS,
+            "gradient_accumulation_steps": min(recipe.training.gradient_accumulation_steps, 2),
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "load_best_model_at_end": False,
+            "early_stopping_patience": None,
+            "report_to": "none",
+            "logging_strategy": "no",
+            "warmup_steps": 0,
+            "dataloader_num_workers": 0,
+            "dataloader_prefetch_factor": None,
+            "dataloader_persistent_workers": False,
+            "dataset_num_proc": None,
+            "lr_scheduler_type": "constant",
+            "lr_scheduler_kwargs": None,
+            "use_cpu": True,
+        }
+    )
+    return recipe.model_copy(update={"training": training})
+
+
+def _is_quantized(name: str, shell: nn.Module) -> bool:
+    module = shell.get_submodule(name.removesuffix(".quant_state").rpartition(".")[0])
+    return getattr(module, "quant_state", None) is not None and not name.endswith(".bias")
+
+
+def _mark(tracker: StorageTracker, roles: dict[int, str], tensor: Tensor, role: str) -> None:
+    number = tracker.number_of(tensor)
+    if number is not None:
+        roles.setdefault(number, role)
+
+
+class _MetaTrainer(BandedTrainer):
+    """The trainer of a real run; its batches are moved to the meta device."""
+
+    tracker: StorageTracker
+    functions: Functions
+    roles: dict[int, str]
+    simulated: Device
+
+    def _move_model_to_device(self, model, device) -> None:
+        """A meta tensor cannot be moved."""
+
+    def _prepare_input(self, data):
+        data = super()._prepare_input(data)
+        return data.to("meta") if isinstance(data, Tensor) else data
+
+    def _start_allocators(self, max_steps: int, resume_from_checkpoint: str | None) -> None:
+        super()._start_allocators(_SCHEDULE_STEPS, resume_from_checkpoint)
+        for allocator in self.allocators:
+            for tensor in allocator.state_dict().values():
+                if tensor.is_meta:
+                    _mark(self.tracker, self.roles, tensor, "AdaLoRA scores")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        for group in optimizer.param_groups:
+            if self.simulated == "cuda" and group.get("fused") is None and "foreach" in group:
+                group["foreach"] = True  # torch's default on CUDA
+        return optimizer
+
+    def compute_loss(self, *args, **kwargs):
+        self.tracker.phase = "forward"
+        with self.functions.autocast_cache():
+            loss = super().compute_loss(*args, **kwargs)
+        self.tracker.phase = "backward"
+        return loss
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        super().training_step(*args, **kwargs)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                _mark(self.tracker, self.roles, parameter.grad, "gradients")
+        self.tracker.phase = "optimizer"
+        return torch.ones(())  # the loop adds it up on the trainer's own device
+
+
+class _MarkStates(AllocateRanks):
+    """After the optimizer: its states are known. The masks and norms are handled as in a real run."""
+
+    def __init__(self, trainer: _MetaTrainer) -> None:
+        super().__init__(trainer, events=None)  # nothing is allocated in these steps, so nothing is logged
+        self._meta_trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        return
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        super().on_optimizer_step(args, state, control, **kwargs)
+        trainer = self._meta_trainer
+        for values in trainer.optimizer.state.values():
+            for value in values.values():
+                if isinstance(value, Tensor) and value.is_meta:
+                    _mark(trainer.tracker, trainer.roles, value, "optimizer states")
+
+
+def _trainer(
+    recipe: Recipe,
+    layout: Layout,
+    model: nn.Module,
+    folder: Path,
+    tracker: StorageTracker,
+    functions: Functions,
+    roles: dict[int, str],
+    device: Device,
+) -> _MetaTrainer:
+    arguments = training_arguments(recipe, folder)
+    trainer = _MetaTrainer(
+        model=model,
+        recipe=recipe,
+        layout=layout,
+        args=arguments,
+        train_dataset=_rows(recipe),
+        processing_class=_tokenizer(),
+    )
+    trainer.accelerator.device_placement = False  # a meta tensor cannot be moved to the trainer's device
+    trainer.tracker, trainer.functions, trainer.roles, trainer.simulated = tracker, functions, roles, device
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_MarkStates(trainer))
+    return trainer
+
+
+def _rows(recipe: Recipe) -> Dataset:
+    """As many full rows as the steps take; every token is trained on."""
+    training = recipe.training
+    length = training.max_length or 1024
+    number = training.per_device_train_batch_size * training.gradient_accumulation_steps * _STEPS
+    row = [_PAD_TOKEN + 1] * length
+    return Dataset.from_dict({"input_ids": [row] * number, "labels": [row] * number})
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """The trainer wants one for its padding token; nothing is tokenised."""
+    words = Tokenizer(models.WordLevel({"<pad>": _PAD_TOKEN, "word": 1}, unk_token="word"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="word")
+
+
+def _result(timeline: Timeline, start: int, roles: dict[int, str], resting: int) -> Simulation:
+    gc.collect()
+    peak, event = timeline.peak(start)
+    components: dict[str, int] = defaultdict(int)
+    for number in timeline.alive_at(event):
+        allocation = timeline.allocations[number]
+        components[roles.get(number, "activations and scratch")] += allocation.num_bytes
+    moment = timeline.allocations[timeline.events[event][0]].phase
+    return Simulation(peak, moment, dict(components), _moments(timeline, start), resting, timeline)
+
+
+def _moments(timeline: Timeline, start: int) -> dict[str, int]:
+    alive = 0
+    moments: dict[str, int] = defaultdict(int)
+    for index, (number, change) in enumerate(timeline.events):
+        alive += change
+        if index >= start and change > 0:
+            phase = timeline.allocations[number].phase
+            moments[phase] = max(moments[phase], alive)
+    return dict(moments)

@@ -35,6 +35,10 @@ class ModelError(QhybridError):
     """The base model cannot be found, read or used."""
 
 
+class MemoryPlanError(QhybridError):
+    """A recipe does not fit into the memory there is."""
+
+
 class HardwareError(QhybridError):
     """The memory or the GPU that a plan is for is not given in a usable form."""
 

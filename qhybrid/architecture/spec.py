@@ -141,6 +141,15 @@ def read_spec(path: str | Path) -> ModelSpec:
     file = Path(path)
     if file.is_dir():
         file = file / "config.json"
+    return spec_from_config(read_config(file), str(file))
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The content of a config.json.
+
+    Raises:
+        ModelError: no such file, or not a JSON object.
+    """
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -149,7 +158,7 @@ def read_spec(path: str | Path) -> ModelSpec:
         raise ModelError(f"cannot be read as JSON: {error}", where=str(file)) from None
     if not isinstance(config, dict):
         raise ModelError("a config is a JSON object", where=str(file))
-    return spec_from_config(config, str(file))
+    return config
 
 
 def spec_from_config(config: dict[str, Any], where: str = "config.json") -> ModelSpec:

@@ -15,12 +15,21 @@ from qhybrid.errors import QhybridError
 # name: (module, one line for the help). Modules are imported only when their command runs.
 _COMMANDS = {
     "sft": ("qhybrid.cli.sft", "Fine-tune a model as a recipe says."),
+    "plan": ("qhybrid.cli.plan", "What a recipe needs, and whether it fits, before anything is downloaded."),
     "eval": ("qhybrid.cli.evaluate", "Loss, perplexity and exact match of a model or an adapter."),
     "recipes": ("qhybrid.cli.recipes", "List, show, copy and check recipes."),
     "doctor": ("qhybrid.cli.doctor", "Show versions, GPU and 4-bit readiness, and what to do."),
 }
 # What other tools call them.
-_MEANT = {"train": "sft", "finetune": "sft", "fine-tune": "sft", "evaluate": "eval", "test": "eval"}
+_MEANT = {
+    "estimate": "plan",
+    "memory": "plan",
+    "train": "sft",
+    "finetune": "sft",
+    "fine-tune": "sft",
+    "evaluate": "eval",
+    "test": "eval",
+}
 
 
 class _LazyGroup(click.Group):

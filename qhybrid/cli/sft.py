@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from qhybrid.recipe.schema import Recipe
 
 
 @click.command("sft", context_settings={"ignore_unknown_options": False})
@@ -14,8 +19,9 @@ import click
     metavar="auto",
     help="--resume auto goes on from the newest whole checkpoint, or starts if there is none.",
 )
+@click.option("--dry-run", is_flag=True, help="Show the memory plan for this machine, and stop.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the output folder.")
-def command(recipe: str, overrides: tuple[str, ...], resume: str | None, overwrite: bool) -> None:
+def command(recipe: str, overrides: tuple[str, ...], resume: str | None, dry_run: bool, overwrite: bool) -> None:
     """Fine-tune the model that RECIPE names, as it says.
 
     RECIPE is a YAML file or the name of a shipped recipe. OVERRIDES change single values:
@@ -33,7 +39,10 @@ def command(recipe: str, overrides: tuple[str, ...], resume: str | None, overwri
     from qhybrid.training.preflight import preflight, settle
 
     going_on = resume == "auto"
-    preflight(settle(loaded), base_folder=loaded.folder, resume=going_on, overwrite=overwrite)
+    if dry_run:
+        _dry_run(settle(loaded, resume=going_on))
+        return
+    preflight(settle(loaded, resume=going_on), base_folder=loaded.folder, resume=going_on, overwrite=overwrite)
     quiet_libraries()
     from rich.console import Console
     from rich.table import Table
@@ -50,3 +59,27 @@ def command(recipe: str, overrides: tuple[str, ...], resume: str | None, overwri
         table.add_row(name, value)
     console.print(table)
     console.print(f"adapter  {result.run.adapter}", highlight=False, soft_wrap=True)
+
+
+def _dry_run(recipe: Recipe) -> None:
+    """Show the plan for this machine. Exit code 1 if it does not fit."""
+    from qhybrid.base.facts import model_facts
+    from qhybrid.cli.main import print_error, quiet_libraries
+
+    facts = model_facts(recipe.model)
+    quiet_libraries()
+    from qhybrid.cli import plan_text
+    from qhybrid.errors import MemoryPlanError
+    from qhybrid.planner.plan import make_plan
+    from qhybrid.training.memory import hardware_of
+    from qhybrid.training.planning import plan_run
+
+    hardware = hardware_of(recipe)
+    try:
+        planned, plan = plan_run(recipe, facts.spec, hardware)
+    except MemoryPlanError as error:
+        plan = make_plan(recipe, facts.spec, hardware.budget, device=hardware.device)
+        plan_text.show(recipe, plan, facts)
+        print_error(error.message)
+        raise SystemExit(1) from None
+    plan_text.show(planned, plan, facts)

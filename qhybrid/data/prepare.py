@@ -45,6 +45,11 @@ class PreparedData:
     chat_template: str | None
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(source.longest_tokens for source in (*self.audit.train, *self.audit.eval))
+
+    @property
     def fingerprint(self) -> str:
         """A hash of all rows, those to evaluate on included."""
         return "-".join(rows._fingerprint for rows in (self.train, self.eval) if rows is not None)

@@ -77,7 +77,9 @@ class LayerCost:
 
     kept: int  # from the forward to the backward pass
     forward_peak: int
+    forward_weights: int  # of which weights that were dequantised for a moment
     backward_peak: int  # with the recomputation, if it is checkpointed
+    backward_weights: int
 
 
 @lru_cache(maxsize=4096)
@@ -103,9 +105,9 @@ def layer_cost(
     if checkpointed or not trains:
         x.requires_grad = False
         out = layer.forward(x, trained=False)
-        forward_peak = ledger.peak
+        forward = ledger.peak, ledger.peak_weights
         if not trains:
-            return LayerCost(0, forward_peak, 0)
+            return LayerCost(0, *forward, 0, 0)
         gradient = out.like()
         del out
         ledger.restart()
@@ -114,7 +116,7 @@ def layer_cost(
         kept = size
     else:
         out = layer.forward(x)
-        forward_peak = ledger.peak
+        forward = ledger.peak, ledger.peak_weights
         del x
         kept = ledger.alive - out.storage.num_bytes
         gradient = out.like()
@@ -127,7 +129,7 @@ def layer_cost(
     if not checkpointed:
         ledger.restart()
     run_backward(handle, gradient)
-    return LayerCost(kept, forward_peak, ledger.peak)
+    return LayerCost(kept, *forward, ledger.peak, ledger.peak_weights)
 
 
 class _Layer:
@@ -368,7 +370,7 @@ class _Layer:
             adapter.rank * (linear.in_features + linear.out_features) * (FP32 if self.how.adapter_width < 4 else 0)
         )
         widened = rows * linear.in_features * FP32 if self.how.width < FP32 else 0
-        x.ledger.scratch(weight + factors + widened + 3 * rows * adapter.rank * FP32)
+        x.ledger.scratch(weight + factors + widened + 3 * rows * adapter.rank * FP32, weights=weight)
         return Tensor(x.ledger, linear.out_features, FP32)
 
     def redirect(self, result: Tensor, linear: Linear) -> Tensor:

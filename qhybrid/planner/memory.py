@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from qhybrid.architecture.bands import parse_layers
 from qhybrid.architecture.layout import Layout, LayoutRow
@@ -36,18 +36,33 @@ class Prediction:
 
 
 def checkpointed_layers(recipe: Recipe, num_layers: int) -> frozenset[int]:
-    """The layers whose activations are computed a second time in the backward pass."""
-    if not recipe.training.gradient_checkpointing:
+    """The layers whose activations are computed a second time in the backward pass.
+
+    Raises:
+        LayoutError: memory.checkpoint_layers names no layers of the model.
+    """
+    training = recipe.training
+    enabled = training.activation_checkpointing  # transformers' new name goes first
+    if not (training.gradient_checkpointing if enabled is None else enabled):
         return frozenset()
     named = recipe.memory.checkpoint_layers
     if named is None:
-        return frozenset(range(num_layers))
+        every = _checkpointing_settings(recipe).get("every_n_layers", 1)
+        return frozenset(range(0, num_layers, every if isinstance(every, int) and every > 0 else 1))
     layers: set[int] = set()
-    bands = {band.band: band for band in recipe.adapters}
+    bands = {band.band: band.layers for band in recipe.adapters}
     for word in named.split("+"):
-        band = bands.get(word.strip())
-        layers.update(parse_layers(band.layers if band else word, num_layers, "checkpoint_layers"))
+        text = bands.get(word.strip(), word)
+        layers.update(parse_layers(text, num_layers, "memory.checkpoint_layers"))
     return frozenset(layers)
+
+
+def _checkpointing_settings(recipe: Recipe) -> dict[str, Any]:
+    training = recipe.training
+    for given in (training.activation_checkpointing_kwargs, training.gradient_checkpointing_kwargs):
+        if isinstance(given, dict):
+            return given
+    return {}
 
 
 def row_length(recipe: Recipe, spec: ModelSpec, longest: int | None = None) -> int:
@@ -260,34 +275,39 @@ def _moments(
 
     candidates: list[tuple[int, str, dict[str, int]]] = []
 
-    def consider(name: str, kept: int, checkpoints: int, working: int, grads: int, what: str) -> None:
+    def consider(name: str, kept: int, checkpoints: int, working: int, weights: int, grads: int) -> None:
+        what = "loss" if name.startswith("loss") else "working memory of a layer"
         parts = {
             "inputs": shared + (mask if checkpointed or not name.endswith("backward") else 0),
             "activations": kept,
             "checkpoints": checkpoints,
-            what: working,
+            what: working - weights,
+            "dequantised weights": weights,
             "gradients": grads,
         }
         candidates.append((sum(parts.values()), name, parts))
 
     before = gradients if accumulates else 0
-    kept = checkpoints = cached = 0
+    kept = cached = 0
+    # The embeddings' output is a leaf of the graph then, which keeps it whether its layer is checkpointed or not.
+    checkpoints = how.tokens * spec.hidden_size * how.width if checkpointed and 0 not in checkpointed else 0
     # Autocast keeps its copies of fp32 adapters to the end of the forward pass.
     copies = how.width / how.adapter_width if how.autocast and how.adapter_width > how.width else 0
     stack = []
     for layer, cost in enumerate(costs):
-        consider("forward", kept + cached, checkpoints, cost.forward_peak, before, "working memory of a layer")
+        consider("forward", kept + cached, checkpoints, cost.forward_peak, cost.forward_weights, before)
         stack.append((kept, checkpoints))
         if layer in checkpointed:
             checkpoints += cost.kept
             cached += int(by_layer[layer] * copies)
         else:
             kept += cost.kept
-    consider("loss, forward", kept + cached, checkpoints, head.forward_peak, before, "loss")
+    consider("loss, forward", kept + cached, checkpoints, head.forward_peak, 0, before)
     if loss == "full":  # the batch is scored once more for the metrics, while everything is kept
-        layer = max(cost.forward_peak for cost in costs)
-        consider("second forward", kept + head.kept, checkpoints, layer, before, "working memory of a layer")
-    consider("loss, backward", kept, checkpoints, head.backward_peak, before, "loss")
+        layer = max(costs, key=lambda cost: cost.forward_peak)
+        peak, weights = layer.forward_peak, layer.forward_weights
+        consider("second forward", kept + head.kept, checkpoints, peak, weights, before)
+    consider("loss, backward", kept, checkpoints, head.backward_peak, 0, before)
     done = 0
     for layer in reversed(range(spec.num_layers)):
         cost = costs[layer]
@@ -295,7 +315,7 @@ def _moments(
             break
         kept, checkpoints = stack[layer]
         grads = before or done + by_layer[layer]
-        consider("backward", kept, checkpoints, cost.backward_peak, grads, "working memory of a layer")
+        consider("backward", kept, checkpoints, cost.backward_peak, cost.backward_weights, grads)
         done += by_layer[layer]
     moments: dict[str, int] = {}
     parts: dict[str, dict[str, int]] = {}
@@ -338,6 +358,12 @@ def _assumptions(recipe: Recipe, spec: ModelSpec, optimizer_known: bool) -> tupl
     found = []
     if recipe.training.max_length is None:
         found.append(f"training.max_length is not given: rows of {row_length(recipe, spec)} tokens are assumed")
+    if recipe.training.activation_offloading or _checkpointing_settings(recipe).get("offload"):
+        found.append("activations are counted on the GPU, although the recipe moves them to the host")
+    if recipe.training.torch_compile:
+        found.append("torch.compile is not modelled: the plan is that of the eager model")
+    if recipe.training.neftune_noise_alpha is not None:
+        found.append("NEFTune's noise is not counted")
     if not optimizer_known:
         found.append(f"the states of {recipe.training.optim} are not known: two fp32 values are assumed")
     return tuple(found)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import difflib
 import math
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.errors import RecipeError
+from qhybrid.planner.recommendation import Choice, Recommendation, control_of, scalar
 from qhybrid.recipe.schema import DEFAULT_LORAPLUS_RATIO, AdaLoraSection, BandSection
-from qhybrid.recipe.yaml_source import dump_yaml
 from qhybrid.units import format_count
 
 Task = Literal[
@@ -53,64 +52,6 @@ _DEPTH = (
 _THUMB = "rule of thumb, not measured"
 
 _Told = tuple[Any, str, str]  # a value, the reason and the source
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One value of the recommendation."""
-
-    name: str  # "adapters.top.rank", "training.learning_rate"
-    value: Any
-    reason: str  # one plain sentence: why this value
-    source: str
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """Bands and training settings for a task, and why. Nothing of it is capped to memory."""
-
-    bands: tuple[BandSection, ...]
-    training: dict[str, Any]  # by SFTConfig's names
-    choices: tuple[Choice, ...]  # one for each value, in the order of the recipe
-    notes: tuple[str, ...]  # about the whole: the control to run, assumptions, limits
-
-    @property
-    def control(self) -> BandSection:
-        """One plain band over all layers with as many trained parameters: what the bands have to beat."""
-        return _control(self.bands)
-
-    def to_recipe(self, model_path: str) -> str:
-        """The recipe as YAML, each reason a comment at its line, the sources numbered at the end.
-
-        `data.sources` is a placeholder: "rows.jsonl".
-        """
-        sources = list(dict.fromkeys(choice.source for choice in self.choices))
-        reasons = {choice.name: f"{choice.reason} [{sources.index(choice.source) + 1}]" for choice in self.choices}
-        said: dict[str, str] = {}  # a line that an earlier band has explained, and that band
-
-        def lines(values: dict[str, Any], path: str, indent: str, band: str = "") -> Iterator[str]:
-            for key, value in values.items():
-                if isinstance(value, dict):
-                    yield f"{indent}{key}:"
-                    yield from lines(value, f"{path}.{key}", indent + "  ", band)
-                    continue
-                line = f"{indent}{key}: {_scalar(value)}"
-                reason = reasons.get(f"{path}.{key}")
-                if reason:
-                    first = said.setdefault(f"{line} {reason}", band)
-                    line += f"  # {reason if first == band else f'as in {first}'}"
-                yield line
-
-        text = [line for note in self.notes for line in _comment(note)]
-        text += ["", dump_yaml({"model": {"path": model_path}}).rstrip(), "", "adapters:"]
-        for band in self.bands:
-            name, *rest = lines(band.model_dump(exclude_unset=True), f"adapters.{band.band}", "    ", band.band)
-            text += [f"  - {name.lstrip()}", *rest]
-        text += ["", "data:", "  sources: rows.jsonl  # your rows: JSON, JSONL, CSV or Parquet", "", "training:"]
-        text += lines(self.training, "training", "  ")
-        text += ["", "output_dir: runs/recommended", "", "# Sources"]
-        text += [line for number, source in enumerate(sources, 1) for line in _comment(f"[{number}] {source}")]
-        return "\n".join(text) + "\n"
 
 
 @dataclass(frozen=True)
@@ -350,17 +291,12 @@ def _training(rows: int, epochs: int, rate: _Told) -> dict[str, _Told]:
     }  # fmt: skip
 
 
-def _control(bands: tuple[BandSection, ...]) -> BandSection:
-    middle = bands[len(bands) // 2]
-    return bands[0].model_copy(update={"band": "uniform", "layers": "all", "rank": middle.rank})
-
-
 def _control_note(bands: list[BandSection]) -> str:
     if len({(band.kind, band.rank, band.alpha) for band in bands}) == 1:
         return "A rule of thumb, not measured on your data. All layers have the same adapter here."
-    control = _control(tuple(bands))
+    control = control_of(tuple(bands))
     keys = ("kind", "rank", "alpha", "dropout", "loraplus_lr_ratio")
-    override = ", ".join(f"{key}: {_scalar(getattr(control, key))}" for key in keys)
+    override = ", ".join(f"{key}: {scalar(getattr(control, key))}" for key in keys)
     return (
         "A rule of thumb, not measured on your data. Run a uniform control beside it, with as many parameters as "
         f"the bands end with: adapters=[{{{override}}}]. If the bands do not beat it, keep the control."
@@ -385,13 +321,3 @@ def _precision_notes(bands: list[BandSection], rate: float) -> Iterator[str]:
             f"At a rate of {rate:g} bfloat16 rounds away part of what P and Q learn in the AdaLoRA band; "
             "model.adapter_dtype: float32 keeps it, for 8 more bytes for each trained parameter."
         )
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(value) if len(value) == 1 else f"[{', '.join(value)}]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _comment(text: str) -> list[str]:
-    return textwrap.wrap(text, 112, initial_indent="# ", subsequent_indent="#   ", break_long_words=False)

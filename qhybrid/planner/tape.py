@@ -17,11 +17,13 @@ FP32, BF16, BOOL = 4, 2, 1  # bytes of one value
 class Ledger:
     """What is alive, and the most that ever was, in bytes."""
 
-    __slots__ = ("_count", "alive", "peak", "rounding")
+    __slots__ = ("_count", "alive", "peak", "peak_weights", "rounding", "weights")
 
     def __init__(self, rounding: int = 512) -> None:
         self.alive = 0
         self.peak = 0
+        self.weights = 0  # of which dequantised weights
+        self.peak_weights = 0  # at the peak
         self.rounding = rounding
         self._count = 0
 
@@ -29,14 +31,18 @@ class Ledger:
         """As the allocator rounds a request."""
         return -(-int(num_bytes) // self.rounding) * self.rounding
 
-    def scratch(self, num_bytes: float) -> None:
-        """Memory that an operation allocates inside and frees again."""
-        self.peak = max(self.peak, self.alive + self.round(num_bytes))
+    def scratch(self, num_bytes: float, *, weights: float = 0) -> None:
+        """Memory that an operation allocates inside and frees again; how much of it are dequantised weights."""
+        self.note(self.alive + self.round(num_bytes), self.weights + int(weights))
 
-    def restart(self) -> int:
-        """Forget the peak so far; returns what is alive."""
-        self.peak = self.alive
-        return self.alive
+    def note(self, alive: int, weights: int) -> None:
+        """So much is alive for a moment."""
+        if alive > self.peak:
+            self.peak, self.peak_weights = alive, weights
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self.peak, self.peak_weights = self.alive, self.weights
 
     def next_number(self) -> int:
         self._count += 1
@@ -46,17 +52,22 @@ class Ledger:
 class Storage:
     """One block of memory; it ends with the last reference to it."""
 
-    __slots__ = ("ledger", "num_bytes")
+    __slots__ = ("is_weight", "ledger", "num_bytes")
 
-    def __init__(self, ledger: Ledger, num_bytes: float) -> None:
+    def __init__(self, ledger: Ledger, num_bytes: float, *, is_weight: bool = False) -> None:
         self.ledger = ledger
         self.num_bytes = ledger.round(num_bytes)
+        self.is_weight = is_weight
         ledger.alive += self.num_bytes
+        if is_weight:
+            ledger.weights += self.num_bytes
         if ledger.alive > ledger.peak:
-            ledger.peak = ledger.alive
+            ledger.peak, ledger.peak_weights = ledger.alive, ledger.weights
 
     def __del__(self) -> None:
         self.ledger.alive -= self.num_bytes
+        if self.is_weight:
+            self.ledger.weights -= self.num_bytes
 
 
 Backward = Callable[["Tensor"], "Sequence[Tensor | None]"]
@@ -283,7 +294,7 @@ def matmul(
 
     Args:
         trained: W is trained, so x is saved.
-        bias: W has a frozen bias. Without one a batched x is folded into two dimensions, and its gradient is a view.
+        bias: W has a frozen bias. Without one a batched x is folded into two dimensions: its gradient is a view.
         rounded_weight: the copy of W that autocast made, which is saved for the gradient of x.
     """
 
@@ -303,11 +314,12 @@ def nf4_matmul(x: Tensor, in_features: int, out_features: int, *, nested: bool) 
     num_weights = in_features * out_features
     scales = num_weights // 64 * FP32
     out = x.like(size=x.size // in_features * out_features)
-    x.ledger.scratch(num_weights * x.width + (2 * scales if nested else 0))
+    inside = num_weights * x.width + (2 * scales if nested else 0)
+    x.ledger.scratch(inside, weights=inside)
 
     def backward(g: Tensor):
-        absmax = Tensor(g.ledger, scales // FP32, FP32) if nested else None
-        weight = Tensor(g.ledger, num_weights, g.width)
+        absmax = Storage(g.ledger, scales, is_weight=True) if nested else None
+        weight = Storage(g.ledger, num_weights * g.width, is_weight=True)
         del absmax
         result = g.like(size=g.size // out_features * in_features)
         del weight

@@ -115,6 +115,10 @@ class BandSection(Section):
     target_modules: Annotated[tuple[str, ...], Field(strict=False), _or({"type": "string"})] = ("all-linear",)
     init: Literal["kaiming", "gaussian"] | None = None  # of A; B starts at zero. AdaLoRA has its own.
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 1.0  # B's learning rate over A's
+    # How the planner may lower the rank when the memory does not suffice (memory.on_exceed: cap_rank).
+    min_rank: Annotated[int, Field(ge=1)] | None = None  # 4, or the rank where that is less
+    rank_multiple: Annotated[int, Field(ge=1)] | None = None  # steps of the rank: 4 if the rank is a multiple of 4
+    rank_weight: Annotated[float, Field(ge=0)] = 1.0  # 2 shrinks twice as fast as 1, 0 never
     adalora: AdaLoraSection | None = None
 
     @model_validator(mode="before")
@@ -148,6 +152,8 @@ class BandSection(Section):
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:
+        if self.min_rank is not None and self.min_rank > self.rank:
+            raise ValueError(f"min_rank {self.min_rank} is above the rank {self.rank}")
         if self.kind == "dora" and self.dropout > 0:
             raise ValueError(
                 "a dora band needs dropout 0: with dropout the base product must be computed a second time"
@@ -167,6 +173,16 @@ class BandSection(Section):
     def resolved_alpha(self) -> float:
         """alpha, or twice the rank where the recipe leaves it out."""
         return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+    @property
+    def smallest_rank(self) -> int:
+        """The rank that the planner does not go below."""
+        return self.min_rank or min(4, self.rank)
+
+    @property
+    def rank_step(self) -> int:
+        """The rank is capped in steps of this many."""
+        return self.rank_multiple or (4 if self.rank % 4 == 0 else 1)
 
     @property
     def schedule(self) -> AdaLoraSection:
@@ -254,10 +270,17 @@ class DistributedSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "optimizer", "all"] = "none"
 
+    @property
+    def is_single(self) -> bool:
+        """One process without ZeRO."""
+        return self.processes == 1 and self.zero_stage == 0 and self.offload == "none"
+
     @model_validator(mode="after")
-    def _single_process(self) -> Self:
-        if self.processes > 1 or self.zero_stage or self.offload != "none":
-            raise ValueError("several processes and ZeRO are not in this version; leave this section out")
+    def _settings_have_an_effect(self) -> Self:
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError("offload needs a zero_stage of 1, 2 or 3")
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError("offload all needs zero_stage 3: only that shards the parameters")
         return self
 
 
@@ -322,6 +345,11 @@ class Recipe(Section):
             raise ValueError("training.packing_strategy has no effect without training.packing")
         if training.metric_for_best_model not in (None, "loss", "eval_loss"):
             raise ValueError("training.metric_for_best_model: only eval_loss is measured during training")
+        checkpointing = training.gradient_checkpointing
+        if training.activation_checkpointing is not None:
+            checkpointing = training.activation_checkpointing
+        if self.memory.checkpoint_layers is not None and not checkpointing:
+            raise ValueError("memory.checkpoint_layers needs training.gradient_checkpointing: true")
         if training.packing and training.max_length is None:
             raise ValueError("training.packing needs training.max_length")
         if training.padding_free and not training.packing and training.max_length is not None:

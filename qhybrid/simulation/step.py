@@ -25,6 +25,8 @@ from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import spec_from_config
 from qhybrid.recipe.load import resolve
 from qhybrid.recipe.schema import Recipe
+from qhybrid.simulation.allocator import replay
+from qhybrid.simulation.liger import liger_layers
 from qhybrid.simulation.shell import meta_base, tensors_of
 from qhybrid.simulation.stand_ins import Device, Functions, answers_of, device_behaviour, scratch_of
 from qhybrid.simulation.tracker import CUDA_ROUNDING, StorageTracker, Timeline
@@ -46,6 +48,7 @@ class Simulation:
     components: dict[str, int]  # what was alive at the peak
     moments: dict[str, int]  # the most that was alive in each phase
     resting_bytes: int  # alive between two steps
+    reserved_bytes: int  # on CUDA what torch's allocator takes from the device for all that, else the peak
     timeline: Timeline
 
 
@@ -61,7 +64,8 @@ def simulate(
     Raises:
         QhybridError: what a real run would raise before its first step.
     """
-    recipe = _short(resolve(recipe))
+    recipe = resolve(recipe)
+    asked, recipe = recipe.training, _short(recipe)
     layout = build_layout(recipe.adapters, spec_from_config(config))
     tracker = StorageTracker(
         rounding=CUDA_ROUNDING if device == "cuda" else 1,
@@ -75,7 +79,8 @@ def simulate(
             tracker.follow(tensor, name)
             quantized = recipe.quantization.method == "nf4" and _is_quantized(name, shell)
             _mark(tracker, roles, tensor, "base weights" if quantized else "unquantised weights")
-        with tracker:
+        fused = asked.use_liger_kernel and device == "cuda"
+        with tracker, liger_layers(shell, wanted=fused, options=asked.liger_kernel_config):
             model = attach(shell, layout, dtype=getattr(torch, recipe.model.resolved_adapter_dtype))
             for name, tensor in tensors_of(model):
                 kind = "adapters" if tensor.requires_grad else "DoRA norms"
@@ -85,7 +90,7 @@ def simulate(
             start = len(tracker.timeline.events)
             trainer.train()
         resting = tracker.timeline.alive_bytes()
-    return _result(tracker.timeline, start, roles, resting)
+    return _result(tracker.timeline, start, roles, resting, device)
 
 
 def _short(recipe: Recipe) -> Recipe:
@@ -108,6 +113,7 @@ def _short(recipe: Recipe) -> Recipe:
             "lr_scheduler_type": "constant",
             "lr_scheduler_kwargs": None,
             "use_cpu": True,
+            "use_liger_kernel": False,  # `liger_layers` stands for it
         }
     )
     return recipe.model_copy(update={"training": training})
@@ -229,7 +235,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="word")
 
 
-def _result(timeline: Timeline, start: int, roles: dict[int, str], resting: int) -> Simulation:
+def _result(timeline: Timeline, start: int, roles: dict[int, str], resting: int, device: Device) -> Simulation:
     gc.collect()
     peak, event = timeline.peak(start)
     components: dict[str, int] = defaultdict(int)
@@ -237,7 +243,8 @@ def _result(timeline: Timeline, start: int, roles: dict[int, str], resting: int)
         allocation = timeline.allocations[number]
         components[roles.get(number, "activations and scratch")] += allocation.num_bytes
     moment = timeline.allocations[timeline.events[event][0]].phase
-    return Simulation(peak, moment, dict(components), _moments(timeline, start), resting, timeline)
+    reserved = replay(timeline).reserved_bytes if device == "cuda" else peak
+    return Simulation(peak, moment, dict(components), _moments(timeline, start), resting, reserved, timeline)
 
 
 def _moments(timeline: Timeline, start: int) -> dict[str, int]:

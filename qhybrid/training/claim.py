@@ -21,8 +21,8 @@ from qhybrid.training.events import read_events
 from qhybrid.training.run import Run
 
 _LEFT_BY_A_RUN = (
-    "adapter", "checkpoints", "events.jsonl", "audit.json", "layout.json", "tensorboard",
-    "recipe.yaml", "run.json",
+    "adapter", "checkpoints", "events.jsonl", "audit.json", "layout.json", "plan.json",
+    "tensorboard", "recipe.yaml", "run.json",
 )  # fmt: skip
 _REPLACED = ".replaced"  # an earlier run, until its successor has taken a step
 

@@ -7,6 +7,10 @@ import resource
 import psutil
 import torch
 
+from qhybrid.planner.hardware import Gpu
+from qhybrid.planner.plan import Budget
+from qhybrid.recipe.schema import Recipe
+from qhybrid.training.planning import Hardware
 from qhybrid.units import format_bytes, parse_bytes
 
 
@@ -16,12 +20,31 @@ def measured_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         measured["cuda_max_allocated_bytes"] = torch.cuda.max_memory_allocated()
         measured["cuda_max_reserved_bytes"] = torch.cuda.max_memory_reserved()
+        free, total = torch.cuda.mem_get_info()
+        measured["cuda_used_bytes"] = total - free  # by every process, as NVML sees it
     return measured
 
 
 def process_peak_bytes() -> int:
     """The largest resident set that this process ever had, loading included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def hardware_of(recipe: Recipe) -> Hardware:
+    """Where `recipe` would run on this machine, and what it may use there.
+
+    On a GPU the limit is memory.vram, or what the GPU has; what the driver counts as taken before the first tensor
+    (this process' context, and whatever others hold) is not there for the run.
+    """
+    process = psutil.Process().memory_info().rss
+    if recipe.training.use_cpu or not torch.cuda.is_available():
+        return Hardware("cpu", Budget(None), process)
+    free, total = torch.cuda.mem_get_info()
+    properties = torch.cuda.get_device_properties(0)
+    card = Gpu(properties.name, total, (properties.major, properties.minor), 0.0, None)
+    wanted = parse_bytes(recipe.memory.vram) if recipe.memory.vram is not None else total
+    source = "memory.vram" if wanted < total else properties.name
+    return Hardware("cuda", Budget(min(wanted, total), card, total - free, source), process)
 
 
 def limit_vram(vram: str | None) -> str | None:

@@ -14,12 +14,18 @@ from qhybrid.errors import RecipeError
 from qhybrid.recipe.load import LoadedRecipe, resolve
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.claim import check_claim
+from qhybrid.training.planning import with_earlier_caps
 
 
-def settle(loaded: LoadedRecipe) -> Recipe:
-    """The recipe with nothing left open, and with local data files named from the root."""
+def settle(loaded: LoadedRecipe, *, resume: bool = False) -> Recipe:
+    """The recipe with nothing left open, and with local data files named from the root.
+
+    Args:
+        resume: a run of it may be there already, whose ranks were capped; they stay as they are.
+    """
     recipe = resolve(loaded.recipe)
-    return recipe.model_copy(update={"data": with_whole_paths(recipe.data, loaded.folder)})
+    recipe = recipe.model_copy(update={"data": with_whole_paths(recipe.data, loaded.folder)})
+    return with_earlier_caps(recipe) if resume else recipe
 
 
 def preflight(recipe: Recipe, *, base_folder: Path, resume: bool, overwrite: bool) -> None:
@@ -32,6 +38,11 @@ def preflight(recipe: Recipe, *, base_folder: Path, resume: bool, overwrite: boo
         raise RecipeError(
             "several processes are not in this version",
             hint="start qhybrid without torchrun or accelerate launch; one GPU is used",
+        )
+    if not recipe.distributed.is_single:
+        raise RecipeError(
+            "distributed: several processes and ZeRO are planned for, but not trained with in this version",
+            hint="leave the section out to train on one GPU; qhybrid plan prices it",
         )
     check_claim(recipe, resume=resume, overwrite=overwrite)
     check_inputs(recipe, base_folder)

@@ -3,7 +3,7 @@
 run.json         status and versions            recipe.yaml   the resolved recipe
 layout.json      one row for each module        audit.json    what became of every data row
 events.jsonl     one line for each step         checkpoints/  to resume from
-adapter/         the result
+adapter/         the result                      plan.json     the memory it should take
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Run:
 
     recipe_file = property(lambda self: self.folder / "recipe.yaml")
     layout_file = property(lambda self: self.folder / "layout.json")
+    plan_file = property(lambda self: self.folder / "plan.json")
     audit_file = property(lambda self: self.folder / "audit.json")
     events_file = property(lambda self: self.folder / "events.jsonl")
     checkpoints = property(lambda self: self.folder / "checkpoints")

@@ -21,11 +21,13 @@ from qhybrid.adapters.folder import AdapterInfo, save_adapter
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import read_spec
+from qhybrid.base.facts import model_facts
 from qhybrid.base.load import load_base
 from qhybrid.base.locate import find_local, hub_commit, model_folder
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import PreparedData, prepare_data
-from qhybrid.errors import AllocationError, RecipeError, TrainingError
+from qhybrid.errors import AllocationError, ModelError, RecipeError, TrainingError
+from qhybrid.planner.plan import Plan
 from qhybrid.recipe.load import LoadedRecipe
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.arguments import training_arguments
@@ -36,10 +38,11 @@ from qhybrid.training.checkpoint import newest_sealed
 from qhybrid.training.claim import claim, has_replaced
 from qhybrid.training.display import ProgressDisplay
 from qhybrid.training.events import EventLog
-from qhybrid.training.memory import limit_vram
+from qhybrid.training.memory import hardware_of, limit_vram
+from qhybrid.training.planning import Hardware, expect, plan_lines, plan_run, write_plan
 from qhybrid.training.preflight import preflight, settle
 from qhybrid.training.run import Run, begin, versions, write_atomically
-from qhybrid.training.summary import announce, figures_of
+from qhybrid.training.summary import announce, figures_of, predicted_memory
 from qhybrid.training.trainer import BandedTrainer
 
 
@@ -66,29 +69,40 @@ def run_sft(
         QhybridError: see `qhybrid.errors`; exit code 2 before training, 1 from training itself.
     """
     console = console or Console()
-    recipe = settle(loaded)
+    recipe = settle(loaded, resume=resume)
     preflight(recipe, base_folder=loaded.folder, resume=resume, overwrite=overwrite)
     before = Run(Path(recipe.output_dir)).status if resume else None
     if before and before["status"] == "finished":
         console.print(f"{recipe.output_dir} holds the finished run of this recipe; nothing to do", highlight=False)
         return SftResult(Run(Path(recipe.output_dir)), before["figures"])
+    hardware = hardware_of(recipe)
+    recipe, plan = _planned(recipe, hardware)
     # What needs no model is looked at before the folder is claimed.
-    base = model_folder(recipe.model)
-    layout = build_layout(recipe.adapters, read_spec(base))
     training_arguments(recipe, Path(recipe.output_dir))
+    base = model_folder(recipe.model)
+    if plan is None:  # the config has come with the model
+        recipe, plan = plan_run(recipe, read_spec(base), hardware)
+    layout = build_layout(recipe.adapters, read_spec(base))
     tokenizer = load_tokenizer(recipe.model)
     date = (before or {}).get("date") or datetime.date.today().isoformat()
     data = prepare_data(recipe, tokenizer, base_folder=loaded.folder, date=date)
+    expected = expect(recipe, read_spec(base), hardware, data.longest, plan.caps)
     with claim(recipe, resume=resume, overwrite=overwrite) as run:
         begin(run, recipe, data.fingerprint, date)
         write_atomically(run.layout_file, layout.to_json())
+        write_plan(run, plan, expected)
         write_atomically(run.audit_file, json.dumps(data.audit.to_dict(), indent=2, ensure_ascii=False) + "\n")
         announce(console, recipe, layout, data, run, limit_vram(recipe.memory.vram))
+        for line in plan_lines(plan):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
         events = EventLog(run.events_file)
+        events.write("plan", predicted=predicted_memory(expected), moments=expected.prediction.moments)
         try:
             commit = hub_commit(base) if find_local(recipe.model) is None else None
             info = _info(recipe, data, commit, date)
             figures = _train(recipe, layout, data, tokenizer, info, run, events, console)
+            figures |= {f"predicted_{name}": value for name, value in predicted_memory(expected).items()}
+            events.write("end", **figures)
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
@@ -103,6 +117,15 @@ def run_sft(
             events.close()
         run.write_status("finished", figures=figures)
     return SftResult(run, figures)
+
+
+def _planned(recipe: Recipe, hardware: Hardware) -> tuple[Recipe, Plan | None]:
+    """The plan from what is known before anything is downloaded; None where that is nothing."""
+    try:
+        facts = model_facts(recipe.model)
+    except ModelError:
+        return recipe, None
+    return plan_run(recipe, facts.spec, hardware)
 
 
 def _train(

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from qhybrid.architecture.layout import Layout
 from qhybrid.data.prepare import PreparedData
+from qhybrid.planner.plan import Plan
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.checkpoint import step_of
 from qhybrid.training.events import EventLog, read_events
@@ -44,8 +45,18 @@ def figures_of(trainer: BandedTrainer, events: EventLog, run: Run, seconds: floa
         figures["live_ranks"] = trainer.num_live_triplets()
         figures["target_ranks"] = sum(allocator.schedule.target_budget for allocator in trainer.allocators)
         figures["allocations"] = sum(allocator.num_allocations for allocator in trainer.allocators)
-    events.write("end", **figures)
     return figures
+
+
+def predicted_memory(plan: Plan) -> dict[str, int]:
+    """What the plan says, under the names of what is measured."""
+    if plan.device == "cpu":
+        return {"process_bytes": plan.host}
+    return {
+        "cuda_max_allocated_bytes": plan.allocated,
+        "cuda_max_reserved_bytes": plan.reserved,
+        "cuda_used_bytes": plan.needed,
+    }
 
 
 def announce(
@@ -83,6 +94,13 @@ def _early(figures: dict[str, Any]) -> str:
     return "" if of is None else f" of {format_count(of)}, stopped early"
 
 
+def _beside_prediction(figures: dict[str, Any], name: str) -> str:
+    measured, predicted = figures[f"peak_{name}"], figures.get(f"predicted_{name}")
+    if predicted is None:
+        return format_bytes(measured)
+    return f"{format_bytes(measured)} (predicted {format_bytes(predicted)}, {predicted / measured - 1:+.1%})"
+
+
 def summary_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """The final table: names and values as text."""
     rows = [
@@ -96,11 +114,15 @@ def summary_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [
         ("speed", f"{figures['tokens_per_second']:,.0f} tokens/s"),
         ("training time", format_duration(figures["seconds"])),
-        ("process memory, peak", format_bytes(figures["peak_process_bytes"])),
+        ("process memory, peak", _beside_prediction(figures, "process_bytes")),
     ]
-    for name in ("allocated", "reserved"):
-        if f"peak_cuda_max_{name}_bytes" in figures:
-            rows.append((f"GPU memory {name}, peak", format_bytes(figures[f"peak_cuda_max_{name}_bytes"])))
+    for title, name in (
+        ("GPU memory allocated, peak", "cuda_max_allocated_bytes"),
+        ("GPU memory reserved, peak", "cuda_max_reserved_bytes"),
+        ("GPU memory of all processes, peak", "cuda_used_bytes"),
+    ):
+        if f"peak_{name}" in figures:
+            rows.append((title, _beside_prediction(figures, name)))
     if "live_ranks" in figures:
         alive = f"{figures['live_ranks']} after {figures['allocations']} allocations"
         if figures["live_ranks"] > figures["target_ranks"]:

@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerState
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import TrainOutput
@@ -30,6 +31,7 @@ from qhybrid.adapters.schedule import plan_schedules
 from qhybrid.architecture.layout import Layout
 from qhybrid.data.tokenize import has_trained_token
 from qhybrid.errors import NonFiniteError, RecipeError
+from qhybrid.planner.memory import checkpointed_layers
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.checkpoint import prune, seal
 
@@ -132,7 +134,19 @@ class BandedTrainer(SFTTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint):
         self._start_allocators(max_steps, resume_from_checkpoint)
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._checkpoint_chosen_layers()
+        return prepared
+
+    def _checkpoint_chosen_layers(self) -> None:
+        """Of the layers that transformers checkpoints, which are all, keep those of memory.checkpoint_layers."""
+        if self.recipe.memory.checkpoint_layers is None:
+            return
+        layers = self.model.get_base_model().model.layers
+        chosen = checkpointed_layers(self.recipe, len(layers))
+        for index, layer in enumerate(layers):
+            assert isinstance(layer, GradientCheckpointingLayer)
+            layer.gradient_checkpointing = index in chosen
 
     def _start_allocators(self, max_steps: int, resume_from_checkpoint: str | None) -> None:
         schedules = plan_schedules(self.recipe.adapters, self.layout, max_steps)

@@ -1,0 +1,36 @@
+"""Numbers that had to be measured or read in a driver's or library's source, each with where it comes from."""
+
+from __future__ import annotations
+
+from qhybrid.planner.hardware import Gpu
+
+MIB = 2**20
+
+# What a process holds of a GPU before its first tensor: driver, kernels, streams. Not measured by us: no CUDA
+# device was at hand. 300 to 600 MiB are commonly reported for torch on cards from Ampere on. scripts/gpu_memory.py
+# measures it, `qhybrid plan --context` takes another value, and `qhybrid sft` on a GPU asks the driver.
+CUDA_CONTEXT_BYTES = 512 * MIB
+
+# cuBLAS' workspace, which torch takes from its own allocator on the first product
+# (aten/src/ATen/cuda/CUDABlas/CublasHandlePool.cpp, parseChosenWorkspaceSize): 2 x 4096 KiB + 8 x 16 KiB, and
+# 32 MiB on compute capability 9.0 and above.
+CUBLAS_WORKSPACE_BYTES = 2 * 4096 * 1024 + 8 * 16 * 1024
+CUBLAS_WORKSPACE_BYTES_SM90 = 32 * MIB
+
+# Reserved over allocated memory at the peak: the allocator's segments are not filled to the last byte.
+RESERVED_MARGIN = 0.05
+
+# Resident memory of a training process before the model: Python, torch, transformers, trl and the rest, CPU build.
+PROCESS_BYTES = 900 * MIB
+
+
+# What the process grows by in its first steps: libraries that load late, and their caches. Measured on a CPU with
+# a model of 0.4 MB (`qhybrid sft`, torch 2.13): 201 MiB.
+PROCESS_GROWTH_BYTES = 201 * MIB
+
+
+def cublas_workspace(gpu: Gpu | None) -> int:
+    """Bytes of cuBLAS' workspace on this GPU; the smaller one where it is not known."""
+    if gpu is not None and gpu.compute_capability >= (9, 0):
+        return CUBLAS_WORKSPACE_BYTES_SM90
+    return CUBLAS_WORKSPACE_BYTES

@@ -1,0 +1,180 @@
+"""Plan: what a recipe will cost on given hardware, by component, and whether it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from qhybrid.architecture.bands import build_layout
+from qhybrid.architecture.layout import Layout
+from qhybrid.architecture.spec import ModelSpec
+from qhybrid.planner import constants
+from qhybrid.planner.hardware import Gpu
+from qhybrid.planner.memory import WIDTHS, Device, Prediction, base_weights, predict
+from qhybrid.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What there is: bytes of VRAM, and whose."""
+
+    vram: int | None  # None: nobody said, so there is no verdict
+    gpu: Gpu | None = None
+    context: int = constants.CUDA_CONTEXT_BYTES
+    source: str = ""  # "--vram", "memory.vram", "RTX 4090"
+
+
+@dataclass(frozen=True)
+class RankCap:
+    """What a band asked for, and what it got."""
+
+    band: str
+    asked: int
+    got: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of one process. All sizes are bytes."""
+
+    model: str
+    device: Device
+    budget: Budget
+    prediction: Prediction  # of torch's allocator
+    workspace: int  # of cuBLAS, from the same allocator
+    margin: int  # what the allocator reserves beyond what is allocated
+    load_peak: int  # while the model is loaded
+    host: int  # resident memory of the process on the host
+    download: int  # of the model, in 16 bits
+    checkpoint: int  # one on disk: adapters, optimizer states, AdaLoRA's scores
+    layout: Layout
+    caps: tuple[RankCap, ...] = ()
+
+    @property
+    def allocated(self) -> int:
+        """The peak of what tensors take."""
+        return max(self.prediction.peak + self.workspace, self.load_peak)
+
+    @property
+    def reserved(self) -> int:
+        """The peak of what torch takes from the driver."""
+        return self.allocated + self.margin
+
+    @property
+    def needed(self) -> int:
+        """The peak of what the process takes of the device: on a CPU of the host's memory."""
+        return self.host if self.device == "cpu" else self.reserved + self.budget.context
+
+    @property
+    def fits(self) -> bool | None:
+        """None where no limit is known."""
+        return None if self.budget.vram is None else self.needed <= self.budget.vram
+
+    def components(self) -> dict[str, int]:
+        """What makes up `needed`, the largest first; with zeros left out."""
+        parts = dict(self.prediction.components)
+        adapters = parts.pop("adapters", 0)
+        if adapters:
+            parts |= {f"adapters: {band}": size for band, size in self.prediction.bands.items()}
+        if self.load_peak > self.prediction.peak + self.workspace:
+            parts["while loading"] = self.load_peak - self.prediction.peak - self.workspace
+        if self.device == "cuda":
+            parts["cuBLAS workspace"] = self.workspace
+            parts["allocator margin"] = self.margin
+            parts["CUDA context"] = self.budget.context
+        else:
+            parts["Python and libraries"] = self.host - self.allocated
+        return {name: size for name, size in sorted(parts.items(), key=lambda item: -item[1]) if size > 0}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {
+            "format_version": 1,
+            "model": self.model,
+            "device": self.device,
+            "budget_bytes": self.budget.vram,
+            "budget_source": self.budget.source,
+            "fits": self.fits,
+            "needed_bytes": self.needed,
+            "allocated_bytes": self.allocated,
+            "reserved_bytes": self.reserved,
+            "host_bytes": self.host,
+            "load_peak_bytes": self.load_peak,
+            "unified_bytes": self.prediction.unified,
+            "download_bytes": self.download,
+            "checkpoint_bytes": self.checkpoint,
+            "peak_moment": self.prediction.moment,
+            "components": self.components(),
+            "moments": self.prediction.moments,
+            "adapters_by_band": self.prediction.bands,
+            "num_trained_parameters": self.layout.num_parameters,
+            "rank_caps": [dataclasses.asdict(cap) for cap in self.caps],
+            "assumptions": list(self.prediction.assumptions),
+        }
+
+
+def make_plan(
+    recipe: Recipe,
+    spec: ModelSpec,
+    budget: Budget,
+    *,
+    device: Device = "cuda",
+    longest: int | None = None,
+    caps: tuple[RankCap, ...] = (),
+    process_bytes: int = constants.PROCESS_BYTES,
+) -> Plan:
+    """Plan `recipe` on this model.
+
+    Args:
+        longest: tokens of the longest row, where the data is known.
+        caps: what was changed in the recipe before, to be told with the plan.
+        process_bytes: what the process takes on the host before the model is loaded.
+
+    Raises:
+        LayoutError: the bands do not fit the model.
+    """
+    layout = build_layout(recipe.adapters, spec)
+    prediction = predict(recipe, spec, layout, device=device, longest=longest)
+    workspace = constants.cublas_workspace(budget.gpu) if device == "cuda" else 0
+    load = _load_peak(recipe, spec, device)
+    allocated = max(prediction.peak + workspace, load)
+    margin = int(constants.RESERVED_MARGIN * allocated) if device == "cuda" else 0
+    process_bytes += constants.PROCESS_GROWTH_BYTES
+    host = process_bytes + _largest_linear(spec) * WIDTHS[recipe.model.dtype] + prediction.unified
+    if device == "cpu":
+        host = process_bytes + allocated
+    states = sum(prediction.bands.values()) + prediction.unified
+    states += sum(prediction.components.get(name, 0) for name in ("optimizer states", "AdaLoRA scores"))
+    return Plan(
+        model=recipe.model.path,
+        device=device,
+        budget=budget,
+        prediction=prediction,
+        workspace=workspace,
+        margin=margin,
+        load_peak=load,
+        host=host,
+        download=spec.num_parameters * 2,
+        checkpoint=states,
+        layout=layout,
+        caps=caps,
+    )
+
+
+def _largest_linear(spec: ModelSpec) -> int:
+    return max(linear.in_features * linear.out_features for linear in spec.linears)
+
+
+def _load_peak(recipe: Recipe, spec: ModelSpec, device: Device) -> int:
+    """The finished model and the largest weight before it is quantised (base/load.py streams them one by one)."""
+    width = WIDTHS[recipe.model.dtype]
+    nf4 = recipe.quantization.method == "nf4"
+    model = base_weights(
+        spec,
+        nf4=nf4,
+        nested=recipe.quantization.double_quant,
+        width=width,
+        rounding=512 if device == "cuda" else 1,
+    )
+    return sum(model) + (_largest_linear(spec) * width if nf4 else 0)

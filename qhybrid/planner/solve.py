@@ -1,0 +1,186 @@
+"""The largest value of a setting that fits: ranks, micro-batch, row length, layers without checkpointing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from qhybrid.architecture.bands import build_layout
+from qhybrid.architecture.spec import ModelSpec
+from qhybrid.planner.plan import Plan, RankCap
+from qhybrid.recipe.schema import BandSection, Recipe
+
+Quantity = Literal["rank", "micro_batch", "max_length", "checkpointing"]
+Planner = Callable[[Recipe], Plan]  # a plan for a changed recipe, on the same model and budget
+
+_LENGTH_STEP = 64  # tokens
+_LARGEST_BATCH = 4096
+_LONGEST = 2**20
+
+
+def with_training(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with other training settings."""
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)})
+
+
+def with_memory(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with other memory settings."""
+    return recipe.model_copy(update={"memory": recipe.memory.model_copy(update=changes)})
+
+
+def with_ranks(recipe: Recipe, ranks: dict[str, int]) -> Recipe:
+    """The recipe with other ranks by band. Each band's scaling s stays what it was, so its function starts alike.
+
+    AdaLoRA's initial rank keeps its ratio to the target rank.
+    """
+    bands = []
+    for band in recipe.adapters:
+        rank = ranks.get(band.band, band.rank)
+        if rank == band.rank:
+            bands.append(band)
+            continue
+        share = rank / band.rank
+        update: dict[str, Any] = {"rank": rank}
+        if band.alpha is not None:  # alpha/r stays; alpha/sqrt(r) for rsLoRA; AdaLoRA divides by its initial rank
+            update["alpha"] = band.alpha * (math.sqrt(share) if band.kind == "rslora" else share)
+        if band.kind == "adalora":
+            initial = max(rank + 1, round(band.init_rank * share)) if band.init_rank > band.rank else rank
+            if band.alpha is not None:
+                update["alpha"] = band.alpha * initial / band.init_rank
+            update["adalora"] = band.schedule.model_copy(update={"init_rank": initial})
+        bands.append(band.model_copy(update=update))
+    return recipe.model_copy(update={"adapters": tuple(bands)})
+
+
+def solve(quantity: Quantity, recipe: Recipe, spec: ModelSpec, plan: Planner) -> Recipe | None:
+    """`recipe` with the largest value of `quantity` that fits, or None if not even the smallest does."""
+    match quantity:
+        case "rank":
+            return solve_rank(recipe, spec, plan)
+        case "micro_batch":
+            best = largest(
+                1, _LARGEST_BATCH, lambda n: fits(plan, with_training(recipe, per_device_train_batch_size=n))
+            )
+            return None if best is None else with_training(recipe, per_device_train_batch_size=best)
+        case "max_length":
+            steps = longest_row(spec) // _LENGTH_STEP
+            best = largest(
+                1, max(1, steps), lambda n: fits(plan, with_training(recipe, max_length=n * _LENGTH_STEP))
+            )
+            return None if best is None else with_training(recipe, max_length=best * _LENGTH_STEP)
+        case "checkpointing":
+            return solve_checkpointing(recipe, spec, plan)
+
+
+def longest_row(spec: ModelSpec) -> int:
+    """The longest row that the model was made for."""
+    return min(spec.max_position_embeddings or _LONGEST, _LONGEST)
+
+
+def solve_checkpointing(recipe: Recipe, spec: ModelSpec, plan: Planner) -> Recipe | None:
+    """The fewest checkpointed layers, from the bottom, that fit."""
+    free = largest(0, spec.num_layers, lambda n: fits(plan, checkpointing(recipe, spec, spec.num_layers - n)))
+    return None if free is None else checkpointing(recipe, spec, spec.num_layers - free)
+
+
+def checkpointing(recipe: Recipe, spec: ModelSpec, num_layers: int) -> Recipe:
+    """The recipe with its lowest `num_layers` layers checkpointed."""
+    if num_layers == 0:
+        return _with_checkpointing(with_memory(recipe, checkpoint_layers=None), False)
+    named = None if num_layers == spec.num_layers else ("0" if num_layers == 1 else f"0-{num_layers - 1}")
+    return _with_checkpointing(with_memory(recipe, checkpoint_layers=named), True)
+
+
+def _with_checkpointing(recipe: Recipe, enabled: bool) -> Recipe:
+    """Under the name that the recipe uses."""
+    if recipe.training.activation_checkpointing is not None:
+        return with_training(recipe, activation_checkpointing=enabled)
+    return with_training(recipe, gradient_checkpointing=enabled)
+
+
+def solve_rank(
+    recipe: Recipe, spec: ModelSpec, plan: Planner, *, no_more_than_asked: bool = False
+) -> Recipe | None:
+    """All bands' ranks, raised or lowered together by their weights, as far as it fits.
+
+    Args:
+        no_more_than_asked: only lower them.
+    """
+    limits = {band.band: _largest_rank(band, recipe, spec) for band in recipe.adapters}
+    steps = _rank_steps(recipe.adapters, {} if no_more_than_asked else limits)
+    best = largest(0, len(steps) - 1, lambda n: fits(plan, with_ranks(recipe, steps[n])))
+    return None if best is None else with_ranks(recipe, steps[best])
+
+
+def rank_caps(asked: Recipe, got: Recipe) -> tuple[RankCap, ...]:
+    """What every band asked for and got."""
+    return tuple(
+        RankCap(before.band, before.rank, after.rank)
+        for before, after in zip(asked.adapters, got.adapters, strict=True)
+    )
+
+
+def _rank_steps(bands: tuple[BandSection, ...], limits: dict[str, int]) -> list[dict[str, int]]:
+    """All different ranks that the bands go through together, the smallest first.
+
+    A band of weight w has the rank r·f^w at the factor f that all bands share, rounded down to its step and kept
+    between its minimum and its limit. f runs over the values at which some band changes.
+    """
+    factors = {1.0}
+    for band in bands:
+        if band.rank_weight == 0:
+            continue
+        top = limits.get(band.band, band.rank)
+        values = range(band.rank_step, top + 1, band.rank_step)
+        factors.update((value / band.rank) ** (1 / band.rank_weight) for value in (*values, band.smallest_rank))
+    steps: list[dict[str, int]] = []
+    for factor in sorted(factors):
+        ranks = {band.band: _rank_at(band, factor, limits.get(band.band, band.rank)) for band in bands}
+        if not steps or ranks != steps[-1]:
+            steps.append(ranks)
+    return steps
+
+
+def _rank_at(band: BandSection, factor: float, limit: int) -> int:
+    if factor == 1 or band.rank_weight == 0:
+        return min(band.rank, limit)
+    wished = band.rank * factor**band.rank_weight
+    stepped = math.floor(wished / band.rank_step + 1e-9) * band.rank_step
+    return max(band.smallest_rank, min(stepped, limit))
+
+
+def _largest_rank(band: BandSection, recipe: Recipe, spec: ModelSpec) -> int:
+    """The largest rank whose matrices are not larger than the weight; with AdaLoRA's initial rank in mind."""
+    rows = build_layout(recipe.adapters, spec).of_band(band.band)
+    side = min(min(row.in_features, row.out_features) for row in rows)
+    if band.kind == "adalora":
+        side = int(side * band.rank / band.init_rank) - 1
+    stepped = side // band.rank_step * band.rank_step
+    return max(band.rank, stepped)
+
+
+def fits(plan: Planner, recipe: Recipe) -> bool:
+    """Whether `recipe` fits; it does where there is no limit."""
+    return plan(recipe).fits is not False
+
+
+def largest(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
+    """The largest number from `low` to `high` for which `holds`, which may change once; None if for none."""
+    if not holds(low):
+        return None
+    step = 1
+    top = low
+    while top < high:  # the answer is often near the start, and large values are slow to plan
+        reached = min(high, low + step)
+        if not holds(reached):
+            high = reached - 1
+            break
+        top, step = reached, step * 2
+    while top < high:
+        middle = (top + high + 1) // 2
+        if holds(middle):
+            top = middle
+        else:
+            high = middle - 1
+    return top

@@ -1,0 +1,105 @@
+"""The plan of a run: made first, always. Ranks are lowered to the memory there is, and it is written down."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qhybrid.architecture.spec import ModelSpec
+from qhybrid.errors import MemoryPlanError
+from qhybrid.planner.advise import ways_to_fit
+from qhybrid.planner.memory import Device
+from qhybrid.planner.plan import Budget, Plan, RankCap, make_plan
+from qhybrid.planner.solve import rank_caps, solve_rank, with_ranks
+from qhybrid.recipe.schema import Recipe
+from qhybrid.training.run import Run, write_atomically
+from qhybrid.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where a run takes place: what it may use, and what this process holds before the model is loaded."""
+
+    device: Device
+    budget: Budget
+    process_bytes: int
+
+
+def plan_run(recipe: Recipe, spec: ModelSpec, hardware: Hardware) -> tuple[Recipe, Plan]:
+    """The recipe with ranks that fit, and its plan; what happens otherwise says memory.on_exceed.
+
+    Raises:
+        MemoryPlanError: it does not fit, and may not or cannot be made to fit by lower ranks.
+    """
+
+    def plan(tried: Recipe, caps: tuple[RankCap, ...] = ()) -> Plan:
+        return _plan(tried, spec, hardware, caps=caps)
+
+    asked = plan(recipe)
+    if asked.fits is not False or recipe.memory.on_exceed == "ignore":
+        return recipe, asked
+    if recipe.memory.on_exceed == "cap_rank":
+        capped = solve_rank(recipe, spec, plan, no_more_than_asked=True)
+        if capped is not None:
+            return capped, plan(capped, rank_caps(recipe, capped))
+    limit = asked.budget.vram or 0
+    what = f"{format_bytes(asked.needed)} are needed and {format_bytes(limit)} are there ({asked.budget.source})"
+    tried = ", even at the smallest ranks" if recipe.memory.on_exceed == "cap_rank" else ""
+    changes, enough = ways_to_fit(recipe, spec, plan)
+    words = " ".join(word for change in changes for word in change.overrides)
+    hint = f"this fits: {words}" if enough else "no change of the recipe suffices; qhybrid plan shows what helps"
+    raise MemoryPlanError(f"the plan does not fit{tried}: {what}", hint=hint)
+
+
+def expect(recipe: Recipe, spec: ModelSpec, hardware: Hardware, longest: int, caps: tuple[RankCap, ...]) -> Plan:
+    """The plan for the data at hand, whose longest row has `longest` tokens: what will be measured."""
+    return _plan(recipe, spec, hardware, longest=None if recipe.training.packing else longest, caps=caps)
+
+
+def _plan(recipe: Recipe, spec: ModelSpec, hardware: Hardware, **others: Any) -> Plan:
+    return make_plan(
+        recipe,
+        spec,
+        hardware.budget,
+        device=hardware.device,
+        process_bytes=hardware.process_bytes,
+        **others,
+    )
+
+
+def write_plan(run: Run, plan: Plan, expected: Plan) -> None:
+    """Write plan.json: the plan for the longest rows that the recipe allows, and for those that there are."""
+    content = {**plan.to_dict(), "for_this_data": expected.to_dict()}
+    write_atomically(run.plan_file, json.dumps(content, indent=2) + "\n")
+
+
+def with_earlier_caps(recipe: Recipe) -> Recipe:
+    """The recipe as the run that is to be resumed had it: with the ranks that its plan was capped to.
+
+    The memory that other processes take may have changed since; the adapters must not.
+    """
+    try:
+        content = json.loads(Run(Path(recipe.output_dir)).plan_file.read_text(encoding="utf-8"))
+        caps = {cap["band"]: (cap["asked"], cap["got"]) for cap in content["rank_caps"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return recipe
+    asked = {band.band: band.rank for band in recipe.adapters}
+    if {band: cap[0] for band, cap in caps.items()} != asked:
+        return recipe  # another recipe; the claim on the folder will say so
+    return with_ranks(recipe, {band: cap[1] for band, cap in caps.items()})
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan in a few words, for the start of a run."""
+    lines = []
+    for cap in plan.caps:
+        if cap.got < cap.asked:
+            lines.append(f"note: band {cap.band} gets rank {cap.got} instead of {cap.asked}: more does not fit")
+    limit = f" of {format_bytes(plan.budget.vram)}" if plan.budget.vram is not None else ""
+    what = "" if plan.device == "cpu" else f", {format_bytes(plan.allocated)} of them in tensors"
+    lines.append(f"memory   {format_bytes(plan.needed)}{limit} needed{what}; most in: {plan.prediction.moment}")
+    if plan.fits is False:
+        lines.append("note: the plan does not fit; memory.on_exceed: ignore lets it run")
+    return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ class ModelFacts:
     config: dict[str, Any]
     spec: ModelSpec
     source: str  # "config.json of …" or "the catalog's llama-2-7b"
+    hub_id: str | None = None  # where the catalog knows it
 
 
 def model_facts(model: ModelSection, config: str | Path | None = None) -> ModelFacts:
@@ -32,9 +34,8 @@ def model_facts(model: ModelSection, config: str | Path | None = None) -> ModelF
     """
     if config is not None:
         return _from_file(Path(config))
-    entry = find_model(model.path)
-    if entry is not None and "/" not in model.path and not Path(model.path).exists():
-        return _from_catalog(model.path)
+    if re.fullmatch(r"[\w.\-@ ]+", model.path) and not model.path.startswith(".") and not _is_here(model.path):
+        return _from_catalog(model.path)  # a bare name
     files = find_local(model)
     if files is None:
         cached = _hub_cache(model)
@@ -42,6 +43,13 @@ def model_facts(model: ModelSection, config: str | Path | None = None) -> ModelF
     if files.kind == "folder":
         return _from_file(files.path / "config.json")
     return _from_catalog(files.path.name.split(".Q")[0].removesuffix(".gguf"))
+
+
+def _is_here(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:
+        return False
 
 
 def _from_file(path: Path) -> ModelFacts:
@@ -59,7 +67,7 @@ def _from_catalog(name: str) -> ModelFacts:
             hint=(f"did you mean {' or '.join(near)}? " if near else "")
             + "name a config.json or a model folder with --config; no weights are needed",
         )
-    return ModelFacts(entry.config, spec_from_config(entry.config, entry.name), f"the catalog's {entry.name}")
+    return ModelFacts(entry.config, spec_from_config(entry.config, entry.name), f"the catalog's {entry.name}", entry.hub_id)
 
 
 def _hub_cache(model: ModelSection) -> Path | None:

@@ -201,9 +201,10 @@ def _recommend(
     capped = got or with_ranks(wished, {band.band: band.smallest_rank for band in wished.adapters})
     caps = rank_caps(wished, capped)
     plan = make_plan(capped, facts.spec, budget, device=device, caps=caps)
-    if any(cap.got < cap.asked for cap in caps):
+    if budget.vram is not None:
         advice = advice.capped(capped.adapters)
-    text = advice.to_recipe(recipe.model.path)
+    named = "/" not in recipe.model.path and facts.hub_id  # a name of the catalog, which sft does not know
+    text = advice.to_recipe(named or recipe.model.path)
     if as_json:
         choices = [
             {"name": choice.name, "value": choice.value, "reason": choice.reason, "source": choice.source}

@@ -12,6 +12,7 @@ import click
 from qhybrid.errors import ModelError, QhybridError, RecipeError
 
 if TYPE_CHECKING:
+    from qhybrid.architecture.spec import ModelSpec
     from qhybrid.recipe.schema import ModelSection
 
 
@@ -51,31 +52,29 @@ def show(recipe: str, overrides: tuple[str, ...], layout: bool, config: str | No
         click.echo(dump_recipe(resolve(loaded.recipe)), nl=False)
         return
     from qhybrid.architecture.bands import build_layout
-    from qhybrid.architecture.spec import read_spec
 
-    built = build_layout(loaded.recipe.adapters, read_spec(_config_file(loaded.recipe.model, config)))
+    built = build_layout(loaded.recipe.adapters, _spec(loaded.recipe.model, config))
     click.echo(built.to_json() if as_json else built.to_text(), nl=not as_json)
 
 
-def _config_file(model: ModelSection, config: str | None) -> Path:
-    """The config.json that --config names, else that of the recipe's model where it lies on this machine."""
-    if config is not None:
-        if Path(config).is_file() and not config.endswith(".json"):
-            raise ModelError(f"{config} is not a config.json")
-        return Path(config)
+def _spec(model: ModelSection, config: str | None) -> ModelSpec:
+    """The shape that --config names, else that of the recipe's model."""
+    from qhybrid.architecture.spec import read_spec
+    from qhybrid.base.facts import model_facts
     from qhybrid.base.locate import find_local, model_folder
 
-    files = find_local(model)
-    if files is None:
-        raise ModelError(
-            f"{model.path} is not on this machine",
-            hint="name the model's config.json with --config; no weights are needed",
-        )
-    if files.kind == "gguf":  # its config comes with its first conversion
-        from qhybrid.cli.main import quiet_libraries
+    if config is not None and Path(config).is_file() and not config.endswith(".json"):
+        raise ModelError(f"{config} is not a config.json")
+    try:
+        return model_facts(model, config).spec
+    except ModelError:
+        files = find_local(model) if config is None else None
+        if files is None or files.kind != "gguf":
+            raise
+    from qhybrid.cli.main import quiet_libraries
 
-        quiet_libraries()
-    return model_folder(model)
+    quiet_libraries()
+    return read_spec(model_folder(model))  # its config comes with its first conversion
 
 
 @command.command("copy")

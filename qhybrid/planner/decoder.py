@@ -166,7 +166,9 @@ class _Layer:
 
     def norm(self, x: Tensor, size: int | None = None) -> Tensor:
         """RMSNorm over the last dimension of `size` values (the hidden size when left out)."""
-        return rms_norm(x, size or self.spec.hidden_size, self.spec.family.norm, fused=self.how.fused_layers)
+        family = self.spec.family
+        fused = self.how.fused_layers and not (size and family.qk_norm == "full")  # Liger leaves those as they are
+        return rms_norm(x, size or self.spec.hidden_size, family.norm, fused=fused, in_place=not family.post_norm)
 
     # ---- attention ----
 
@@ -174,19 +176,20 @@ class _Layer:
         spec = self.spec
         queries = spec.num_attention_heads * spec.head_dim
         keys = spec.num_key_value_heads * spec.head_dim
+        turned = view if self.how.fused_layers else _turned  # Liger leaves the gradient in order
         if "qkv_proj" in self.linears:
             q, k, v = self.fused_projections(x, queries, keys)
         else:
             q = self.linear("q_proj", x)
             if spec.family.qk_norm == "full":
                 q, k = self.norm(q, queries), self.norm(self.linear("k_proj", x), keys)
-                q, k = _turned(q), _turned(k)
+                q, k = turned(q), turned(k)
             elif spec.family.qk_norm == "head":
-                q = _turned(self.norm(view(q), spec.head_dim))
-                k = _turned(self.norm(view(self.linear("k_proj", x)), spec.head_dim))
+                q = turned(self.norm(view(q), spec.head_dim))
+                k = turned(self.norm(view(self.linear("k_proj", x)), spec.head_dim))
             else:
-                q = _turned(q)
-                k = _turned(self.linear("k_proj", x))
+                q = turned(q)
+                k = turned(self.linear("k_proj", x))
             v = self.linear("v_proj", x)
         del x
         rotated_q = self.rotate(q)
@@ -204,7 +207,7 @@ class _Layer:
     def rotate(self, x: Tensor) -> Tensor:
         """x·cos + rotate_half(x)·sin; cos and sin are shared by all layers."""
         if self.how.fused_layers:
-            return x  # Liger rotates in place
+            return self.rotate_in_place(x)
         of_cos = unary(x)
         half = part(x, 0.5)
         other = part(x, 0.5)
@@ -217,6 +220,14 @@ class _Layer:
         if self.spec.family.rotates_by_parts:
             rotated = concatenate(rotated)
         return rotated
+
+    def rotate_in_place(self, x: Tensor) -> Tensor:
+        """Liger's rotation works on (batch, length, heads, dim), and copies what lies in memory otherwise."""
+        how, spec = self.how, self.spec
+        is_slice = "qkv_proj" in self.linears
+        summed = how.masked and x.size < how.tokens * spec.num_attention_heads * spec.head_dim
+        copied = how.attention == "eager" or summed
+        return record(x.like() if is_slice else x.alias(), (x,), lambda g: (g.like() if copied else g.alias(),))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         how, heads = self.how, self.spec.num_attention_heads
@@ -244,7 +255,8 @@ class _Layer:
             return of_q, of_k, of_v
 
         out = record(out, (q, k, v), backward)
-        return contiguous(out) if self.spec.family.rotates_by_parts else out  # as q lies, so does the result
+        reordered = self.spec.family.rotates_by_parts and not how.fused_layers
+        return contiguous(out) if reordered else out  # as q lies, so does the result
 
     def attention_bias(self, ledger: Ledger) -> Tensor:
         """The mask as numbers to add, built anew in each layer; the efficient kernel wants aligned rows."""
@@ -285,6 +297,11 @@ class _Layer:
     def mlp(self, x: Tensor) -> Tensor:
         if "gate_up_proj" in self.linears:
             both = self.linear("gate_up_proj", x)
+            if self.how.fused_layers:
+                # Liger wants the halves in memory of their own; `both` stays to the end of the MLP.
+                halves = record(both.like(), (both,), lambda g: (g.like(),))
+                mixed = gated_unit(halves, size=halves.size // 2)
+                return self.linear("down_proj", mixed)
             gate, up = part(both, 0.5), part(both, 0.5)
             del both, x
             active = activation(gate)
@@ -294,7 +311,7 @@ class _Layer:
             gate = self.linear("gate_proj", x)
             if self.how.fused_layers:
                 up = self.linear("up_proj", x)
-                mixed = record(gate.like(), (gate, up), lambda g, saved=(gate, up): (g.like(), g.like()))
+                mixed = gated_unit(gate, up)
                 active = None
             else:
                 active = activation(gate)
@@ -429,12 +446,26 @@ def dropout(x: Tensor, device: str) -> Tensor:
     return record(x.like(), (x,), lambda g, mask=mask: (g.like(),))
 
 
-def rms_norm(x: Tensor, size: int, kind: str, *, fused: bool = False) -> Tensor:
-    """RMSNorm as transformers writes it out, in fp32; or Liger's, which saves x and one value for each token."""
+def gated_unit(*inputs: Tensor, size: int | None = None) -> Tensor:
+    """Liger's SwiGLU or GEGLU, of `size` values: it saves its inputs, and overwrites them with their gradients."""
+
+    def backward(g: Tensor, saved: tuple[Tensor, ...] = inputs):
+        return tuple(tensor.alias() for tensor in saved)
+
+    return record(inputs[0].like(size=size), inputs, backward)
+
+
+def rms_norm(x: Tensor, size: int, kind: str, *, fused: bool = False, in_place: bool = True) -> Tensor:
+    """RMSNorm as transformers writes it out, in fp32; or Liger's, which saves x and one value for each token.
+
+    Args:
+        in_place: whether Liger puts the gradient in the place of the incoming one.
+    """
     groups = x.size // size
     if fused:
+        out = x.like()
         scale = Tensor(x.ledger, groups, FP32)
-        return record(x.like(), (x,), lambda g, saved=(x, scale): (g.like(),))
+        return record(out, (x,), lambda g, saved=(x, scale): (g.alias() if in_place else g.like(),))
     width = x.width
     wide = cast(x, FP32)
     del x

@@ -46,7 +46,9 @@ def head_cost(spec: ModelSpec, how: Pass, loss: Loss) -> HeadCost:
     """The cost of the last norm and the loss, when every position is labelled."""
     ledger = Ledger(rounding=512 if how.device == "cuda" else 1)
     x = leaf(ledger, how.tokens * spec.hidden_size, how.width)
-    hidden = rms_norm(x, spec.hidden_size, spec.family.norm, fused=how.fused_layers)
+    family = spec.family
+    in_place = not (family.pre_norm and family.post_norm)  # Liger's norm; Gemma 2's makes a new gradient
+    hidden = rms_norm(x, spec.hidden_size, family.norm, fused=how.fused_layers, in_place=in_place)
     del x
     scored = how.batch * (how.length - 1)
     result = _chunked(hidden, spec, how, scored) if loss == "chunked" else _full(hidden, spec, how)

@@ -1,0 +1,357 @@
+"""`qhybrid plan` as a user runs it: offline, without torch, with an exit code; and what a run makes of a plan."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import run_recipe
+from rich.console import Console
+
+from qhybrid.errors import MemoryPlanError
+from qhybrid.planner.plan import Budget
+from qhybrid.recipe.load import load_recipe, parse_recipe
+from qhybrid.training import sft
+from qhybrid.training.events import read_events
+from qhybrid.training.planning import Hardware
+from qhybrid.training.preflight import settle
+from qhybrid.training.sft import run_sft
+
+
+def qhybrid(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from qhybrid.cli.main import main; main(sys.argv[1:])"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+def plan_json(*arguments: str) -> dict[str, Any]:
+    done = qhybrid("plan", *arguments, "--json")
+    assert done.stderr == "", done.stderr
+    return json.loads(done.stdout)
+
+
+def test_no_heavy_library_is_loaded():
+    code = (
+        "import sys; from qhybrid.cli.main import main\n"
+        "try: main(['plan', '--model', 'llama-2-70b', '--vram', '80GiB', '--json'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'trl', 'bitsandbytes', 'datasets', 'accelerate', 'numpy'}\n"
+        "print('loaded:', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+def test_a_plan_without_a_recipe():
+    plan = plan_json("--model", "llama-2-70b", "--vram", "80GiB")
+    assert plan["fits"] is True
+    assert plan["budget_bytes"] == 80 * 2**30
+    # 68,452,089,856 weights of the decoder's linears at 4.127 bits are 35.3 GB.
+    assert plan["components"]["base weights"] == pytest.approx(
+        68_452_089_856 * (0.5 + 1 / 64 + 4 / 16384), rel=1e-3
+    )
+    assert sum(plan["components"].values()) == plan["needed_bytes"]
+    assert plan["allocated_bytes"] < plan["reserved_bytes"] < plan["needed_bytes"]
+    assert plan["num_trained_parameters"] == 207_093_760
+
+
+def test_the_exit_code_is_the_verdict():
+    fits = qhybrid("plan", "llama2_7b_instruct", "--gpu", "RTX 4090")
+    assert fits.returncode == 0
+    assert "fits: " in fits.stdout and "RTX 4090" in fits.stdout and "what is left could buy" in fits.stdout
+    too_much = qhybrid("plan", "llama2_7b_instruct", "--vram", "5GiB")
+    assert too_much.returncode == 1
+    assert "does not fit" in too_much.stdout and "to make it fit:" in too_much.stdout
+    hopeless = qhybrid("plan", "--model", "llama-2-70b", "--gpu", "4090")
+    assert hopeless.returncode == 1 and "do not suffice" in hopeless.stdout
+    assert qhybrid("plan", "--model", "llama-2-70b").returncode == 0  # nobody named a limit
+
+
+def test_the_advice_can_be_pasted():
+    done = qhybrid("plan", "llama2_7b_instruct", "--vram", "6GiB")
+    lines = done.stdout.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("to make it fit"))
+    words = [line.split() for line in lines[start + 1 :] if "=" in line]
+    again = qhybrid("plan", "llama2_7b_instruct", *[word for line in words for word in line], "--vram", "6GiB")
+    assert again.returncode == 0, again.stdout
+
+
+@pytest.mark.parametrize("quantity", ["rank", "micro_batch", "max_length", "checkpointing"])
+def test_solving(quantity: str):
+    plan = plan_json("llama2_7b_instruct", "--gpu", "RTX 4090", "--solve", quantity)
+    assert plan["fits"] is True
+    assert plan["solved"] is not None
+    if quantity == "rank":
+        assert {cap["band"]: cap["got"] for cap in plan["rank_caps"]} == plan["solved"]
+
+
+def test_a_recipe_beside_it(tmp_path: Path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "model: {path: meta-llama/Llama-3.1-8B}\nadapters: [{rank: 16}]\ndata: {sources: r.jsonl}\n"
+        "training: {max_length: 2048, per_device_train_batch_size: 1}\noutput_dir: out\n"
+    )
+    before = plan_json(str(recipe))
+    assert before["fits"] is None
+    after = plan_json(str(recipe), "training.max_length=8192")
+    assert after["needed_bytes"] > before["needed_bytes"]
+
+
+def test_a_config_file_stands_for_the_model(tmp_path: Path, tiny_model_folder: Path):
+    assert plan_json("--model", str(tiny_model_folder))["needed_bytes"] > 0
+    config = tmp_path / "config.json"
+    config.write_text((tiny_model_folder / "config.json").read_text())
+    assert plan_json("--model", "nobody/knows-it", "--config", str(config))["needed_bytes"] > 0
+
+
+def test_a_simulation_beside_the_closed_form(tiny_model_folder: Path):
+    plan = plan_json("--model", str(tiny_model_folder), "--simulate", "training.max_length=256")
+    simulated, closed = (
+        plan["simulated"]["allocated_bytes"],
+        sum(plan["moments"][plan["peak_moment"]] for _ in "1"),
+    )
+    assert closed == pytest.approx(simulated, rel=0.03)
+
+
+def test_a_recommendation_is_a_recipe_that_fits():
+    done = qhybrid(
+        "plan", "--model", "llama-2-7b", "--vram", "24GiB", "--recommend", "--task", "generation",
+        "--rows", "52000",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    recipe, _ = parse_recipe(done.stdout, "recommended")
+    assert [band.band for band in recipe.adapters] == ["bottom", "middle", "top"]
+    assert done.stdout.count("[1]") >= 2  # each reason has its source
+    tight = qhybrid(
+        "plan", "--model", "llama-2-7b", "--vram", "7GiB", "--json",
+        "--recommend", "--task", "reasoning", "--rows", "500000",
+    )  # fmt: skip
+    content = json.loads(tight.stdout)
+    assert any(cap["got"] < cap["asked"] for cap in content["plan"]["rank_caps"])
+    ranks = {band.band: band.rank for band in parse_recipe(content["recipe"], "capped")[0].adapters}
+    assert ranks == {cap["band"]: cap["got"] for cap in content["plan"]["rank_caps"]}
+    assert "lowered from" in content["recipe"]
+
+
+GOOD = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"vocab_size": -5}, "vocab_size is -5"),
+        ({"hidden_size": "4096"}, "hidden_size is '4096'"),
+        ({"num_attention_heads": 10**12}, "num_attention_heads is 1000000000000"),
+        ({"num_key_value_heads": 3}, "cannot share"),
+        ({"model_type": "mixtral"}, "not a supported architecture"),
+        ({"model_type": None}, "not a supported architecture"),
+        ({"num_attention_heads": 128}, "head_dim"),
+    ],
+)
+def test_an_absurd_config_is_one_message(change: dict[str, Any], said: str, tmp_path: Path):
+    config = tmp_path / "config.json"
+    values = {key: value for key, value in {**GOOD, **change}.items() if value is not None}
+    config.write_text(json.dumps(values))
+    done = qhybrid("plan", "--model", "x/y", "--config", str(config))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and said in done.stderr and str(config) in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "llama-2-7b", "--vram", "24"], "no unit"),
+        (["--model", "llama-2-7b", "--vram", "0GiB"], "more than zero"),
+        (["--model", "llama-2-7b", "--vram", "lots"], "not an amount"),
+        (["--model", "llama-2-7b", "--gpu", "RTX 9999"], "RTX 9999"),
+        (["--model", "llama-2-7b", "--context", "1"], "no unit"),
+        (["--model", "llama-2-7b", "--solve", "rank"], "needs a limit"),
+        (["--model", "lama-2-7b"], "llama-2-7b"),
+        (["--model", "org/unknown-model-1b"], "--config"),
+        ([], "Name a recipe"),
+        (["--model", "llama-2-7b", "--recommend"], "--task and --rows"),
+        (["--model", "llama-2-7b", "--rows", "5"], "--recommend"),
+        (["--model", "llama-2-7b", "--recommend", "--task", "genration", "--rows", "5"], "generation"),
+        (["--model", "llama-2-7b", "--device", "cpu", "--gpu", "4090"], "--gpu has no effect"),
+        (["--model", "llama-2-7b", "adapters.0.layers=40-50"], "out of range"),
+        (["--model", "llama-2-7b", "memory.checkpoint_layers=40"], "memory.checkpoint_layers"),
+        (["--model", "llama-2-7b", "distributed.processes=64", "distributed.zero_stage=3"], "64"),
+    ],
+)
+def test_bad_input_is_one_message(arguments: list[str], said: str):
+    done = qhybrid("plan", *arguments)
+    assert done.returncode == 2, done.stdout
+    assert "Traceback" not in done.stderr and said in done.stderr
+
+
+# ---- a run and its plan ----
+
+
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch):
+    """Pretend that this machine's memory for the run is a given number of bytes."""
+
+    def pretend(vram: int) -> None:
+        hardware = Hardware("cpu", Budget(vram, None, 0, "a small machine"), process_bytes=0)
+        monkeypatch.setattr(sft, "hardware_of", lambda recipe: hardware)
+
+    return pretend
+
+
+def needed_at(loaded, ranks: dict[str, int]) -> int:
+    from qhybrid.base.facts import model_facts
+    from qhybrid.planner.plan import make_plan
+    from qhybrid.planner.solve import with_ranks
+
+    recipe = with_ranks(settle(loaded), ranks)
+    spec = model_facts(recipe.model).spec
+    return make_plan(recipe, spec, Budget(None), device="cpu", process_bytes=0).needed
+
+
+WIDE = [
+    {"band": "low", "layers": "bottom", "rank": 32},
+    {"band": "mid", "layers": "middle", "kind": "adalora", "rank": 20, "adalora": {"init_rank": 30}},
+    {"band": "high", "layers": "top", "kind": "dora", "rank": 32},
+]
+
+
+def test_a_run_caps_its_ranks_and_resumes_with_them(tmp_path: Path, tiny_model_folder: Path, small_gpu):
+    training = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6}
+    loaded = run_recipe(tmp_path, tiny_model_folder, adapters=WIDE, training=training)
+    got = {"low": 16, "mid": 8, "high": 16}
+    small_gpu(needed_at(loaded, got))
+    result = run_sft(loaded, console=Console(quiet=True))
+    run = result.run
+    layout = json.loads(run.layout_file.read_text())["rows"]
+    ranks = {row["band"]: row["target_rank"] for row in layout}
+    asked = {"low": 32, "mid": 20, "high": 32}
+    assert all(4 <= ranks[band] < asked[band] for band in asked)
+    stored = yaml.safe_load(run.recipe_file.read_text())
+    assert {band["band"]: band["rank"] for band in stored["adapters"]} == ranks
+    plan = json.loads(run.plan_file.read_text())
+    assert {cap["band"]: (cap["asked"], cap["got"]) for cap in plan["rank_caps"]} == {
+        band: (asked[band], ranks[band]) for band in asked
+    }
+    assert plan["fits"] is True and plan["needed_bytes"] <= plan["budget_bytes"]
+    # The scaling is what was asked for: alpha is twice the rank for every band.
+    assert {row["band"]: round(row["scaling"], 6) for row in layout} == {
+        "low": 2.0, "mid": pytest.approx(40 / 30, rel=0.1), "high": 2.0,
+    }  # fmt: skip
+    # With other memory than before, a resumed run keeps the ranks that it has.
+    (run.folder / "run.json").write_text(run.folder.joinpath("run.json").read_text().replace("finished", "failed"))
+    small_gpu(10**12)
+    again = run_sft(loaded, resume=True, console=Console(quiet=True))
+    assert {
+        row["band"]: row["target_rank"] for row in json.loads(again.run.layout_file.read_text())["rows"]
+    } == ranks
+
+
+def test_a_run_that_may_not_cap_is_refused_before_anything_is_touched(
+    tmp_path: Path, tiny_model_folder: Path, small_gpu
+):
+    loaded = run_recipe(tmp_path, tiny_model_folder, adapters=WIDE, memory={"on_exceed": "error"})
+    small_gpu(needed_at(loaded, {"low": 8, "mid": 8, "high": 8}))
+    with pytest.raises(MemoryPlanError, match="does not fit") as caught:
+        run_sft(loaded, console=Console(quiet=True))
+    assert caught.value.exit_code == 2 and "this fits: " in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_alone_do_not_always_suffice(tmp_path: Path, tiny_model_folder: Path, small_gpu):
+    loaded = run_recipe(tmp_path, tiny_model_folder, adapters=WIDE)
+    small_gpu(needed_at(loaded, {"low": 4, "mid": 4, "high": 4}) - 1)
+    with pytest.raises(MemoryPlanError, match="even at the smallest ranks"):
+        run_sft(loaded, console=Console(quiet=True))
+
+
+def test_ignored_plans_are_written_down(tmp_path: Path, tiny_model_folder: Path, small_gpu):
+    training = {"max_steps": 4}
+    bands = [{"rank": 4}]
+    loaded = run_recipe(
+        tmp_path, tiny_model_folder, adapters=bands, training=training, memory={"on_exceed": "ignore"}
+    )
+    small_gpu(1)
+    result = run_sft(loaded, console=Console(quiet=True))
+    assert json.loads(result.run.plan_file.read_text())["fits"] is False
+
+
+def test_predicted_beside_measured(finished):
+    _, result = finished
+    figures = result.figures
+    assert figures["predicted_process_bytes"] > 0 and figures["peak_process_bytes"] > 0
+    planned = read_events(result.run.events_file, "plan")
+    assert planned[-1]["predicted"]["process_bytes"] == figures["predicted_process_bytes"]
+    ended = read_events(result.run.events_file, "end")
+    assert ended[-1]["predicted_process_bytes"] == figures["predicted_process_bytes"]
+    plan = json.loads(result.run.plan_file.read_text())
+    assert plan["for_this_data"]["allocated_bytes"] <= plan["allocated_bytes"]
+
+
+def test_only_the_chosen_layers_are_checkpointed(tmp_path: Path, tiny_model_folder: Path, monkeypatch):
+    """A checkpointed layer runs its forward twice in each step, another one once."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    counts: dict[int, int] = {}
+    forward = LlamaMLP.forward
+
+    def counted(self, x):
+        if self.training:
+            counts[id(self)] = counts.get(id(self), 0) + 1
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    training = {"max_steps": 3, "gradient_checkpointing": True}
+    loaded = run_recipe(
+        tmp_path,
+        tiny_model_folder,
+        training=training,
+        adapters=[{"rank": 4}],
+        memory={"checkpoint_layers": "1-2+5"},
+    )
+    run_sft(loaded, console=Console(quiet=True))
+    assert list(counts.values()) == [3, 6, 6, 3, 3, 6]
+
+
+def test_checkpointing_changes_no_loss(tmp_path: Path, tiny_model_folder: Path):
+    losses = {}
+    for name, sections in {
+        "none": {"training": {"max_steps": 6}},
+        "some": {
+            "training": {"max_steps": 6, "gradient_checkpointing": True},
+            "memory": {"checkpoint_layers": "0-2"},
+        },
+    }.items():
+        loaded = run_recipe(tmp_path / name, tiny_model_folder, **sections)
+        run = run_sft(loaded, console=Console(quiet=True)).run
+        losses[name] = [record["loss"] for record in read_events(run.events_file, "step")]
+    assert losses["none"] == pytest.approx(losses["some"], rel=1e-6)
+
+
+def test_several_processes_are_planned_but_not_trained_with(tmp_path: Path, tiny_model_folder: Path):
+    loaded = run_recipe(tmp_path, tiny_model_folder, distributed={"processes": 2, "zero_stage": 2})
+    with pytest.raises(Exception, match="not trained with in this version"):
+        run_sft(loaded, console=Console(quiet=True))
+
+
+def test_every_shipped_recipe_fits_24_gib():
+    from qhybrid.recipe.shipped import shipped_names
+
+    for name in shipped_names():
+        plan = plan_json(name, "--vram", "24GiB")
+        assert plan["fits"] is True, name
+        assert load_recipe(name).recipe.adapters

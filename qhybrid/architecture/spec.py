@@ -35,7 +35,7 @@ class Family:
     post_norm: bool = False  # a norm after attention and after the MLP
     qk_norm: Literal["none", "head", "full"] = "none"  # norms of queries and keys: by head, or over all heads
     residual_scale: bool = False  # what joins the residual stream is multiplied by a number first
-    embedding_scale: bool = False  # so are the embeddings
+    embedding_scale: bool = False  # the embeddings are multiplied by a number outside of their module
     rotates_by_parts: bool = False  # rotated and unrotated parts of a head are concatenated
     softcaps_attention: bool = False  # attention scores go through tanh
 
@@ -44,8 +44,8 @@ _LLAMA = Family()
 _FAMILIES: dict[str, Family] = {
     "qwen3": Family(qk_norm="head"),
     "phi3": Family(rotates_by_parts=True),
-    "gemma": Family(norm="wide", embedding_scale=True),
-    "gemma2": Family(norm="wide", post_norm=True, embedding_scale=True, softcaps_attention=True),
+    "gemma": Family(norm="wide"),
+    "gemma2": Family(norm="wide", post_norm=True, softcaps_attention=True),
     "granite": Family(residual_scale=True, embedding_scale=True),
     "olmo2": Family(norm="wide", pre_norm=False, post_norm=True, qk_norm="full"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -67,7 +68,8 @@ def _from_catalog(name: str) -> ModelFacts:
             hint=(f"did you mean {' or '.join(near)}? " if near else "")
             + "name a config.json or a model folder with --config; no weights are needed",
         )
-    return ModelFacts(entry.config, spec_from_config(entry.config, entry.name), f"the catalog's {entry.name}", entry.hub_id)
+    spec = spec_from_config(entry.config, entry.name)
+    return ModelFacts(entry.config, spec, f"the catalog's {entry.name}", entry.hub_id)
 
 
 def _hub_cache(model: ModelSection) -> Path | None:
@@ -76,10 +78,8 @@ def _hub_cache(model: ModelSection) -> Path | None:
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     folder = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub") / f"models--{repo.replace('/', '--')}"
     commit = revision or model.revision or "main"
-    try:
+    with contextlib.suppress(OSError):  # a commit in full, or nothing
         commit = (folder / "refs" / commit).read_text(encoding="utf-8").strip()
-    except OSError:
-        pass  # a commit in full, or nothing
     file = folder / "snapshots" / commit / "config.json"
     try:
         json.loads(file.read_text(encoding="utf-8"))

@@ -169,6 +169,7 @@ def _simulate(recipe: Recipe, facts: ModelFacts, device: Any) -> dict[str, Any]:
     result = simulate(recipe, facts.config, device=device, padded=padded)
     return {
         "allocated_bytes": result.peak_bytes,
+        "reserved_bytes": result.reserved_bytes,
         "moment": result.moment,
         "components": result.components,
     }

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qhybrid.planner import constants
 from qhybrid.planner.advise import Change, overrides_between, ways_to_fit, ways_to_spend
 from qhybrid.planner.memory import checkpointed_layers, row_length
 from qhybrid.planner.plan import Plan, make_plan
@@ -202,6 +203,9 @@ def _verdict(plan: Plan) -> list[str]:
             f"does not fit: {format_bytes(plan.needed)} of {format_bytes(limit)} ({plan.budget.source}), "
             f"{short} too much"
         )
+        expandable = plan.needed - plan.margin + int(constants.RESERVED_MARGIN_EXPANDABLE * plan.allocated)
+        if plan.device == "cuda" and expandable <= limit:
+            lines.append("it may fit with PYTORCH_ALLOC_CONF=expandable_segments:True, which wastes less")
     lines.append(f"the peak comes in the part: {moment}")
     rest = [] if plan.device == "cpu" else [f"host RAM {format_bytes(plan.host)}"]
     rest += [f"model on disk {format_bytes(plan.download)}", f"a checkpoint {format_bytes(plan.checkpoint)}"]

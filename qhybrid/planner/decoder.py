@@ -109,10 +109,12 @@ def layer_cost(
         if not trains:
             return LayerCost(0, *forward, 0, 0)
         gradient = out.like()
+        waiting = layer.before_recomputation(out)
         del out
         ledger.restart()
         x.requires_grad = input_needs_grad
         out = layer.forward(x)
+        del waiting
         kept = size
     else:
         out = layer.forward(x)
@@ -161,6 +163,17 @@ class _Layer:
         if family.residual_scale:
             x = unary(x)
         return add(residual, x)
+
+    def before_recomputation(self, out: Tensor) -> list[Tensor]:
+        """Gradients that exist when the first tensor is asked for that a checkpoint must compute again.
+
+        The residual's and LoRA's scalings and casts need nothing that was saved: the backward pass is through them.
+        """
+        if self.spec.family.post_norm:
+            return [] if self.how.fused_layers else [out.like(width=FP32)]
+        adapter = self.adapters.get(self.linears["down_proj"].name)
+        scaled = adapter is not None and adapter.kind not in ("adalora", "dora")
+        return [out.like() for _ in range(self.spec.family.residual_scale + scaled)]
 
     # ---- norms ----
 

@@ -19,6 +19,7 @@ Device = Literal["cuda", "cpu"]
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 _TOKEN = 8  # bytes of a token's number, a label and a mask's entry
 _NF4_BLOCK, _SCALE_BLOCK = 64, 256  # weights of a scale, and scales of a second-level scale
+_MIB = 2**20
 _UNKNOWN_LENGTH = 1024  # tokens of a row where neither the recipe nor the model says
 
 
@@ -203,6 +204,25 @@ def base_weights(spec: ModelSpec, *, nf4: bool, nested: bool, width: int, roundi
     return quantized, plain
 
 
+def unsplit_remainders(spec: ModelSpec, *, nf4: bool, width: int) -> int:
+    """What CUDA's allocator counts as allocated beyond the sizes of the base weights.
+
+    From 10 MiB on a tensor gets a segment of its own, in steps of 2 MiB, and a remainder of up to 1 MiB is not
+    split off (c10/cuda/CUDACachingAllocator.cpp, should_split).
+    """
+    sizes = []
+    for linear in spec.linears:
+        num_weights = linear.in_features * linear.out_features
+        sizes += [(num_weights + 1) // 2 if nf4 else num_weights * width] * spec.num_layers
+    sizes += [spec.vocab_size * spec.hidden_size * width] * (1 if spec.tie_word_embeddings else 2)
+    total = 0
+    for size in sizes:
+        left = -size % (2 * _MIB)
+        if size >= 10 * _MIB and left <= _MIB:
+            total += left
+    return total
+
+
 def parameters_of(row: LayoutRow, adapter_width: int) -> list[tuple[int, int]]:
     """The trained tensors of one module: (number of values, bytes of one)."""
     tensors = [(row.rank * row.in_features, adapter_width), (row.rank * row.out_features, adapter_width)]
@@ -289,8 +309,9 @@ def _moments(
 
     before = gradients if accumulates else 0
     kept = cached = 0
-    # The embeddings' output is a leaf of the graph then, which keeps it whether its layer is checkpointed or not.
-    checkpoints = how.tokens * spec.hidden_size * how.width if checkpointed and 0 not in checkpointed else 0
+    # The embeddings' output is a leaf of the graph then, which keeps it beside what its layer keeps.
+    is_kept_twice = 0 not in checkpointed or spec.family.embedding_scale
+    checkpoints = how.tokens * spec.hidden_size * how.width if checkpointed and is_kept_twice else 0
     # Autocast keeps its copies of fp32 adapters to the end of the forward pass.
     copies = how.width / how.adapter_width if how.autocast and how.adapter_width > how.width else 0
     stack = []

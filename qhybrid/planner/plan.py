@@ -11,7 +11,7 @@ from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.planner import constants
 from qhybrid.planner.hardware import Gpu
-from qhybrid.planner.memory import WIDTHS, Device, Prediction, base_weights, predict
+from qhybrid.planner.memory import WIDTHS, Device, Prediction, base_weights, predict, unsplit_remainders
 from qhybrid.recipe.schema import Recipe
 
 
@@ -43,6 +43,7 @@ class Plan:
     budget: Budget
     prediction: Prediction  # of torch's allocator
     workspace: int  # of cuBLAS, from the same allocator
+    remainders: int  # what the allocator counts as allocated beyond the sizes of large tensors
     margin: int  # what the allocator reserves beyond what is allocated
     load_peak: int  # while the model is loaded
     host: int  # resident memory of the process on the host
@@ -54,7 +55,7 @@ class Plan:
     @property
     def allocated(self) -> int:
         """The peak of what tensors take."""
-        return max(self.prediction.peak + self.workspace, self.load_peak)
+        return max(self.prediction.peak + self.workspace, self.load_peak) + self.remainders
 
     @property
     def reserved(self) -> int:
@@ -81,6 +82,7 @@ class Plan:
             parts["while loading"] = self.load_peak - self.prediction.peak - self.workspace
         if self.device == "cuda":
             parts["cuBLAS workspace"] = self.workspace
+            parts["allocator's remainders"] = self.remainders
             parts["allocator margin"] = self.margin
             parts["CUDA context"] = self.budget.context
         else:
@@ -138,8 +140,12 @@ def make_plan(
     prediction = predict(recipe, spec, layout, device=device, longest=longest)
     workspace = constants.cublas_workspace(budget.gpu) if device == "cuda" else 0
     load = _load_peak(recipe, spec, device)
-    allocated = max(prediction.peak + workspace, load)
-    margin = int(constants.RESERVED_MARGIN * allocated) if device == "cuda" else 0
+    remainders = 0
+    if device == "cuda":
+        nf4 = recipe.quantization.method == "nf4"
+        remainders = unsplit_remainders(spec, nf4=nf4, width=WIDTHS[recipe.model.dtype])
+    allocated = max(prediction.peak + workspace, load) + remainders
+    margin = int(constants.reserved_margin() * allocated) if device == "cuda" else 0
     process_bytes += constants.PROCESS_GROWTH_BYTES
     host = process_bytes + _largest_linear(spec) * WIDTHS[recipe.model.dtype] + prediction.unified
     if device == "cpu":
@@ -152,6 +158,7 @@ def make_plan(
         budget=budget,
         prediction=prediction,
         workspace=workspace,
+        remainders=remainders,
         margin=margin,
         load_peak=load,
         host=host,

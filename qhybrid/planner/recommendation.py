@@ -54,7 +54,7 @@ class Recommendation:
                 reason = f"lowered from {scalar(asked)}: {why}"
                 choice = dataclasses.replace(choice, value=got, reason=reason, source=_PLAN)
             choices.append(choice)
-        notes = (*self.notes[:-1], "The ranks are capped to the memory that was given, where they are too much for it.")
+        notes = (*self.notes[:-1], "Ranks that are too much for the memory that was given are lowered.")
         return dataclasses.replace(self, bands=bands, choices=tuple(choices), notes=notes)
 
     def to_recipe(self, model_path: str) -> str:

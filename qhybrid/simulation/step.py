@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, PrinterCallback
+from transformers import PrinterCallback
 
 from qhybrid.adapters.attach import attach
 from qhybrid.architecture.bands import build_layout
@@ -27,16 +25,13 @@ from qhybrid.recipe.load import resolve
 from qhybrid.recipe.schema import Recipe
 from qhybrid.simulation.allocator import replay
 from qhybrid.simulation.liger import liger_layers
+from qhybrid.simulation.rehearsal import SCHEDULE_STEPS, full_rows, shortened, two_word_tokenizer
 from qhybrid.simulation.shell import meta_base, tensors_of
 from qhybrid.simulation.stand_ins import Device, Functions, answers_of, device_behaviour, scratch_of
 from qhybrid.simulation.tracker import CUDA_ROUNDING, StorageTracker, Timeline
 from qhybrid.training.arguments import training_arguments
 from qhybrid.training.callbacks.allocate import AllocateRanks
 from qhybrid.training.trainer import BandedTrainer
-
-_STEPS = 2
-_SCHEDULE_STEPS = 1000  # of which the simulated ones are the first: AdaLoRA scores, and does not yet allocate
-_PAD_TOKEN = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ def simulate(
         QhybridError: what a real run would raise before its first step.
     """
     recipe = resolve(recipe)
-    asked, recipe = recipe.training, _short(recipe)
+    asked, recipe = recipe.training, _on_meta(shortened(recipe))
     layout = build_layout(recipe.adapters, spec_from_config(config))
     tracker = StorageTracker(
         rounding=CUDA_ROUNDING if device == "cuda" else 1,
@@ -93,29 +88,9 @@ def simulate(
     return _result(tracker.timeline, start, roles, resting, device)
 
 
-def _short(recipe: Recipe) -> Recipe:
-    """The recipe, cut to what decides about memory."""
-    training = recipe.training.model_copy(
-        update={
-            "max_steps": _STEPS,
-            "gradient_accumulation_steps": min(recipe.training.gradient_accumulation_steps, 2),
-            "save_strategy": "no",
-            "eval_strategy": "no",
-            "load_best_model_at_end": False,
-            "early_stopping_patience": None,
-            "report_to": "none",
-            "logging_strategy": "no",
-            "warmup_steps": 0,
-            "dataloader_num_workers": 0,
-            "dataloader_prefetch_factor": None,
-            "dataloader_persistent_workers": False,
-            "dataset_num_proc": None,
-            "lr_scheduler_type": "constant",
-            "lr_scheduler_kwargs": None,
-            "use_cpu": True,
-            "use_liger_kernel": False,  # `liger_layers` stands for it
-        }
-    )
+def _on_meta(recipe: Recipe) -> Recipe:
+    """The trainer takes a meta tensor for one of the CPU's; `liger_layers` stands for Liger's own patches."""
+    training = recipe.training.model_copy(update={"use_cpu": True, "use_liger_kernel": False})
     return recipe.model_copy(update={"training": training})
 
 
@@ -146,7 +121,7 @@ class _MetaTrainer(BandedTrainer):
         return data.to("meta") if isinstance(data, Tensor) else data
 
     def _start_allocators(self, max_steps: int, resume_from_checkpoint: str | None) -> None:
-        super()._start_allocators(_SCHEDULE_STEPS, resume_from_checkpoint)
+        super()._start_allocators(SCHEDULE_STEPS, resume_from_checkpoint)
         for allocator in self.allocators:
             for tensor in allocator.state_dict().values():
                 if tensor.is_meta:
@@ -210,29 +185,14 @@ def _trainer(
         recipe=recipe,
         layout=layout,
         args=arguments,
-        train_dataset=_rows(recipe),
-        processing_class=_tokenizer(),
+        train_dataset=full_rows(recipe),
+        processing_class=two_word_tokenizer(),
     )
     trainer.accelerator.device_placement = False  # a meta tensor cannot be moved to the trainer's device
     trainer.tracker, trainer.functions, trainer.roles, trainer.simulated = tracker, functions, roles, device
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_MarkStates(trainer))
     return trainer
-
-
-def _rows(recipe: Recipe) -> Dataset:
-    """As many full rows as the steps take; every token is trained on."""
-    training = recipe.training
-    length = training.max_length or 1024
-    number = training.per_device_train_batch_size * training.gradient_accumulation_steps * _STEPS
-    row = [_PAD_TOKEN + 1] * length
-    return Dataset.from_dict({"input_ids": [row] * number, "labels": [row] * number})
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """The trainer wants one for its padding token; nothing is tokenised."""
-    words = Tokenizer(models.WordLevel({"<pad>": _PAD_TOKEN, "word": 1}, unk_token="word"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="word")
 
 
 def _result(timeline: Timeline, start: int, roles: dict[int, str], resting: int, device: Device) -> Simulation:

@@ -68,7 +68,7 @@ def peak(recipe: Recipe, spec: ModelSpec, **others: Any) -> int:
 
 def test_nf4_weights_of_llama_2_7b():
     # QLoRA's 4.127 bits: 1/2 byte, 1/64 byte for the scale, 4/16384 for the scale's scale. The 6,476,005,376
-    # weights of the decoder's linears are 3,340,771,328 bytes; the rest are second-level codes and rounding to 512 bytes.
+    # weights of the decoder's linears are 3,340,771,328 bytes; the rest are second-level codes, and rounding.
     spec = spec_of("llama-2-7b")
     assert spec.num_linear_parameters == 6_476_005_376
     quantized, plain = base_weights(spec, nf4=True, nested=True, width=2, rounding=512)

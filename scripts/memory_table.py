@@ -22,7 +22,8 @@ from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.catalog import find_model
 from qhybrid.architecture.spec import spec_from_config
 from qhybrid.cli.main import quiet_libraries
-from qhybrid.planner.memory import how_it_runs, predict
+from qhybrid.planner.memory import predict
+from qhybrid.planner.workload import how_it_runs
 from qhybrid.recipe.load import parse_recipe, resolve
 from qhybrid.recipe.schema import Recipe
 

@@ -38,6 +38,7 @@ class Family:
     embedding_scale: bool = False  # the embeddings are multiplied by a number outside of their module
     rotates_by_parts: bool = False  # rotated and unrotated parts of a head are concatenated
     softcaps_attention: bool = False  # attention scores go through tanh
+    alternates_windows: bool = False  # layers with and without a sliding window, and a mask for either
 
 
 _LLAMA = Family()
@@ -45,7 +46,7 @@ _FAMILIES: dict[str, Family] = {
     "qwen3": Family(qk_norm="head"),
     "phi3": Family(rotates_by_parts=True),
     "gemma": Family(norm="wide"),
-    "gemma2": Family(norm="wide", post_norm=True, softcaps_attention=True),
+    "gemma2": Family(norm="wide", post_norm=True, softcaps_attention=True, alternates_windows=True),
     "granite": Family(residual_scale=True, embedding_scale=True),
     "olmo2": Family(norm="wide", pre_norm=False, post_norm=True, qk_norm="full"),
 }

@@ -162,7 +162,7 @@ def _simulate(recipe: Recipe, facts: ModelFacts, device: Any) -> dict[str, Any]:
     from qhybrid.cli.main import quiet_libraries
 
     quiet_libraries()
-    from qhybrid.planner.memory import how_it_runs
+    from qhybrid.planner.workload import how_it_runs
     from qhybrid.simulation.step import simulate
 
     padded = how_it_runs(recipe, facts.spec, device).masked

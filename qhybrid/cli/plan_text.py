@@ -10,8 +10,8 @@ from rich.text import Text
 
 from qhybrid.planner import constants
 from qhybrid.planner.advise import Change, overrides_between, ways_to_fit, ways_to_spend
-from qhybrid.planner.memory import checkpointed_layers, row_length
 from qhybrid.planner.plan import Plan, make_plan
+from qhybrid.planner.workload import checkpointed_layers, row_length
 from qhybrid.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -187,7 +187,6 @@ def _bar(console: Console, plan: Plan) -> None:
 
 def _verdict(plan: Plan) -> list[str]:
     limit = plan.budget.vram
-    moment = plan.prediction.moment
     what = "memory" if plan.device == "cpu" else "GPU memory"
     lines = []
     if limit is None:
@@ -206,7 +205,7 @@ def _verdict(plan: Plan) -> list[str]:
         expandable = plan.needed - plan.margin + int(constants.RESERVED_MARGIN_EXPANDABLE * plan.allocated)
         if plan.device == "cuda" and expandable <= limit:
             lines.append("it may fit with PYTORCH_ALLOC_CONF=expandable_segments:True, which wastes less")
-    lines.append(f"the peak comes in the part: {moment}")
+    lines.append(f"the peak comes in the part: {plan.moment}")
     rest = [] if plan.device == "cpu" else [f"host RAM {format_bytes(plan.host)}"]
     rest += [f"model on disk {format_bytes(plan.download)}", f"a checkpoint {format_bytes(plan.checkpoint)}"]
     if plan.prediction.unified:

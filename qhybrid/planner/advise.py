@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qhybrid.architecture.spec import ModelSpec
-from qhybrid.planner.memory import checkpointed_layers
 from qhybrid.planner.plan import Plan
 from qhybrid.planner.solve import (
     Planner,
@@ -18,6 +17,7 @@ from qhybrid.planner.solve import (
     with_ranks,
     with_training,
 )
+from qhybrid.planner.workload import checkpointed_layers
 from qhybrid.recipe.schema import Recipe
 
 # A frozen base takes 2N FLOPs a token forward and 2N backward, and 2N more where a layer is computed again.

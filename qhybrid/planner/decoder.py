@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 from qhybrid.architecture.spec import Linear, ModelSpec
+from qhybrid.planner.layer_ops import dropout, gated_unit, product, repeated, rms_norm, softmax, turned
 from qhybrid.planner.tape import (
-    BOOL,
     FP32,
     Ledger,
     Tensor,
@@ -28,38 +27,15 @@ from qhybrid.planner.tape import (
     nf4_matmul,
     part,
     record,
-    reduce,
     result_activation,
     run_backward,
-    square,
     unary,
     view,
 )
+from qhybrid.planner.workload import Pass
 
-Attention = Literal["flash", "efficient", "eager", "cpu"]
 _ALIGNMENT = 16  # values: memory-efficient attention pads the rows of its mask
 _DORA_ROWS = 1024  # rows of W that adapters/dora.py widens to fp32 at a time
-
-
-@dataclass(frozen=True)
-class Pass:
-    """How one micro-batch goes through a layer."""
-
-    batch: int  # rows
-    length: int  # tokens of a row, padding included
-    width: int  # bytes of an activation and of an unquantised weight
-    adapter_width: int  # bytes of an adapter's value
-    autocast: bool  # fp32 adapters are rounded for the products
-    nf4: bool
-    nested: bool  # double quantisation
-    attention: Attention
-    masked: bool  # an attention mask is built
-    device: Literal["cuda", "cpu"]
-    fused_layers: bool = False  # Liger's kernels for norms, rotary embedding and MLP
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
 
 
 @dataclass(frozen=True)
@@ -167,7 +143,7 @@ class _Layer:
     def before_recomputation(self, out: Tensor) -> list[Tensor]:
         """Gradients that exist when the first tensor is asked for that a checkpoint must compute again.
 
-        The residual's and LoRA's scalings and casts need nothing that was saved: the backward pass is through them.
+        The residual's and LoRA's scalings, and casts, need nothing that was saved: they are behind it then.
         """
         if self.spec.family.post_norm:
             return [] if self.how.fused_layers else [out.like(width=FP32)]
@@ -189,20 +165,20 @@ class _Layer:
         spec = self.spec
         queries = spec.num_attention_heads * spec.head_dim
         keys = spec.num_key_value_heads * spec.head_dim
-        turned = view if self.how.fused_layers else _turned  # Liger leaves the gradient in order
+        reordered = view if self.how.fused_layers else turned  # Liger leaves the gradient in order
         if "qkv_proj" in self.linears:
             q, k, v = self.fused_projections(x, queries, keys)
         else:
             q = self.linear("q_proj", x)
             if spec.family.qk_norm == "full":
                 q, k = self.norm(q, queries), self.norm(self.linear("k_proj", x), keys)
-                q, k = turned(q), turned(k)
+                q, k = reordered(q), reordered(k)
             elif spec.family.qk_norm == "head":
-                q = turned(self.norm(view(q), spec.head_dim))
-                k = turned(self.norm(view(self.linear("k_proj", x)), spec.head_dim))
+                q = reordered(self.norm(view(q), spec.head_dim))
+                k = reordered(self.norm(view(self.linear("k_proj", x)), spec.head_dim))
             else:
-                q = turned(q)
-                k = turned(self.linear("k_proj", x))
+                q = reordered(q)
+                k = reordered(self.linear("k_proj", x))
             v = self.linear("v_proj", x)
         del x
         rotated_q = self.rotate(q)
@@ -248,7 +224,7 @@ class _Layer:
         if how.attention == "eager":
             return self.attend_eagerly(q, k, v, groups)
         if how.masked:  # transformers copies the heads itself, because a masked kernel cannot share them
-            k, v = _repeated(k, groups), _repeated(v, groups)
+            k, v = repeated(k, groups), repeated(v, groups)
         mask = None
         if how.masked:
             mask = self.attention_bias(q.ledger)
@@ -284,9 +260,9 @@ class _Layer:
 
     def attend_eagerly(self, q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
         """Every score is built: batch x heads x length² values, several times over."""
-        k, v = _repeated(k, groups), _repeated(v, groups)
+        k, v = repeated(k, groups), repeated(v, groups)
         num_scores = self.how.batch * self.spec.num_attention_heads * self.how.length**2
-        scores = _product(q, k, num_scores)
+        scores = product(q, k, num_scores)
         scaled = unary(scores)
         del scores
         if self.spec.family.softcaps_attention:
@@ -302,7 +278,7 @@ class _Layer:
         del masked
         weights = cast(wide, q.width)
         del wide
-        out = _product(weights, v, q.size)
+        out = product(weights, v, q.size)
         return contiguous(out)
 
     # ---- MLP ----
@@ -422,75 +398,3 @@ class _Layer:
 
         out = record(out, (result,), backward)
         return record(out.like(), (out,), lambda g: (g,)) if linear.bias else out
-
-
-def _turned(x: Tensor) -> Tensor:
-    """(batch, length, heads, dim) as (batch, heads, length, dim): the gradient is copied back into order."""
-    return record(x.alias(), (x,), lambda g: (g.like(),))
-
-
-def _repeated(x: Tensor, groups: int) -> Tensor:
-    """Key or value heads copied for each query head; their gradients are summed."""
-    if groups == 1:
-        return x
-    size = x.size
-    return record(x.like(size=size * groups), (x,), lambda g: (g.like(size=size),))
-
-
-def _product(a: Tensor, b: Tensor, size: int) -> Tensor:
-    """A batched product of two activations: both are saved."""
-
-    def backward(g: Tensor, a: Tensor = a, b: Tensor = b):
-        return a.like(), b.like()
-
-    return record(a.like(size=size), (a, b), backward)
-
-
-def softmax(x: Tensor) -> Tensor:
-    """softmax in fp32."""
-    wide = cast(x, FP32)
-    del x
-    return result_activation(wide)
-
-
-def dropout(x: Tensor, device: str) -> Tensor:
-    """On CUDA a mask of bytes is saved, on a CPU the noise in x's own type."""
-    mask = Tensor(x.ledger, x.size, BOOL if device == "cuda" else x.width)
-    return record(x.like(), (x,), lambda g, mask=mask: (g.like(),))
-
-
-def gated_unit(*inputs: Tensor, size: int | None = None) -> Tensor:
-    """Liger's SwiGLU or GEGLU, of `size` values: it saves its inputs, and overwrites them with their gradients."""
-
-    def backward(g: Tensor, saved: tuple[Tensor, ...] = inputs):
-        return tuple(tensor.alias() for tensor in saved)
-
-    return record(inputs[0].like(size=size), inputs, backward)
-
-
-def rms_norm(x: Tensor, size: int, kind: str, *, fused: bool = False, in_place: bool = True) -> Tensor:
-    """RMSNorm as transformers writes it out, in fp32; or Liger's, which saves x and one value for each token.
-
-    Args:
-        in_place: whether Liger puts the gradient in the place of the incoming one.
-    """
-    groups = x.size // size
-    if fused:
-        out = x.like()
-        scale = Tensor(x.ledger, groups, FP32)
-        return record(out, (x,), lambda g, saved=(x, scale): (g.alias() if in_place else g.like(),))
-    width = x.width
-    wide = cast(x, FP32)
-    del x
-    squares = square(wide)
-    means = reduce(squares, groups)
-    del squares
-    scale = result_activation(unary(means))
-    del means
-    normal = multiply(wide, scale)
-    del wide, scale
-    if kind == "llama":  # the weight is applied after the cast
-        narrow = cast(normal, width)
-        return unary(narrow)
-    weighted = unary(normal)
-    return cast(weighted, width)

@@ -7,10 +7,9 @@ by 32,768 tokens of the vocabulary. Label smoothing needs the full logits, and t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from qhybrid.architecture.spec import ModelSpec
-from qhybrid.planner.decoder import Pass, rms_norm
+from qhybrid.planner.layer_ops import rms_norm
 from qhybrid.planner.tape import (
     BOOL,
     FP32,
@@ -24,8 +23,8 @@ from qhybrid.planner.tape import (
     run_backward,
     unary,
 )
+from qhybrid.planner.workload import Loss, Pass
 
-Loss = Literal["chunked", "full"]
 _TILE_POSITIONS, _TILE_VOCABULARY = 4096, 32768
 _STATISTICS = 7  # fp32 values kept for each position while the tiles are folded
 _LABEL = 8  # bytes of a token's number

@@ -11,7 +11,9 @@ from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.planner import constants
 from qhybrid.planner.hardware import Gpu
-from qhybrid.planner.memory import WIDTHS, Device, Prediction, base_weights, predict, unsplit_remainders
+from qhybrid.planner.holdings import base_weights, unsplit_remainders
+from qhybrid.planner.memory import Prediction, predict
+from qhybrid.planner.workload import WIDTHS, Device
 from qhybrid.recipe.schema import Recipe
 
 
@@ -56,6 +58,12 @@ class Plan:
     def allocated(self) -> int:
         """The peak of what tensors take."""
         return max(self.prediction.peak + self.workspace, self.load_peak) + self.remainders
+
+    @property
+    def moment(self) -> str:
+        """The part of a run in which most is allocated."""
+        loading = self.load_peak > self.prediction.peak + self.workspace
+        return "loading" if loading else self.prediction.moment
 
     @property
     def reserved(self) -> int:
@@ -106,7 +114,7 @@ class Plan:
             "unified_bytes": self.prediction.unified,
             "download_bytes": self.download,
             "checkpoint_bytes": self.checkpoint,
-            "peak_moment": self.prediction.moment,
+            "peak_moment": self.moment,
             "components": self.components(),
             "moments": self.prediction.moments,
             "adapters_by_band": self.prediction.bands,
@@ -147,7 +155,9 @@ def make_plan(
     allocated = max(prediction.peak + workspace, load) + remainders
     margin = int(constants.reserved_margin() * allocated) if device == "cuda" else 0
     process_bytes += constants.PROCESS_GROWTH_BYTES
-    host = process_bytes + _largest_linear(spec) * WIDTHS[recipe.model.dtype] + prediction.unified
+    host = (
+        process_bytes + _largest_linear(spec) * WIDTHS[recipe.model.dtype] + prediction.unified + prediction.host
+    )
     if device == "cpu":
         host = process_bytes + allocated
     states = sum(prediction.bands.values()) + prediction.unified

@@ -10,9 +10,9 @@ from typing import Any
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.errors import MemoryPlanError
 from qhybrid.planner.advise import ways_to_fit
-from qhybrid.planner.memory import Device
 from qhybrid.planner.plan import Budget, Plan, RankCap, make_plan
 from qhybrid.planner.solve import rank_caps, solve_rank, with_ranks
+from qhybrid.planner.workload import Device
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.run import Run, write_atomically
 from qhybrid.units import format_bytes
@@ -99,7 +99,7 @@ def plan_lines(plan: Plan) -> list[str]:
             lines.append(f"note: band {cap.band} gets rank {cap.got} instead of {cap.asked}: more does not fit")
     limit = f" of {format_bytes(plan.budget.vram)}" if plan.budget.vram is not None else ""
     what = "" if plan.device == "cpu" else f", {format_bytes(plan.allocated)} of them in tensors"
-    lines.append(f"memory   {format_bytes(plan.needed)}{limit} needed{what}; most in: {plan.prediction.moment}")
+    lines.append(f"memory   {format_bytes(plan.needed)}{limit} needed{what}; most in: {plan.moment}")
     if plan.fits is False:
         lines.append("note: the plan does not fit; memory.on_exceed: ignore lets it run")
     return lines

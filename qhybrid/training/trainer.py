@@ -31,7 +31,7 @@ from qhybrid.adapters.schedule import plan_schedules
 from qhybrid.architecture.layout import Layout
 from qhybrid.data.tokenize import has_trained_token
 from qhybrid.errors import NonFiniteError, RecipeError
-from qhybrid.planner.memory import checkpointed_layers
+from qhybrid.planner.workload import checkpointed_layers
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.checkpoint import prune, seal
 

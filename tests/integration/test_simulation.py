@@ -20,7 +20,8 @@ from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.spec import read_spec, spec_from_config
 from qhybrid.base.load import load_base
 from qhybrid.base.locate import model_folder
-from qhybrid.planner.memory import how_it_runs, predict
+from qhybrid.planner.memory import predict
+from qhybrid.planner.workload import how_it_runs
 from qhybrid.recipe.load import resolve
 from qhybrid.recipe.schema import ModelSection, Recipe
 from qhybrid.simulation.rehearsal import SCHEDULE_STEPS, full_rows, shortened, two_word_tokenizer

@@ -14,8 +14,10 @@ from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.catalog import find_model
 from qhybrid.architecture.spec import ModelSpec, spec_from_config
 from qhybrid.errors import LayoutError
-from qhybrid.planner.memory import base_weights, checkpointed_layers, how_it_runs, predict
+from qhybrid.planner.holdings import base_weights
+from qhybrid.planner.memory import predict
 from qhybrid.planner.plan import Budget, make_plan
+from qhybrid.planner.workload import checkpointed_layers, how_it_runs
 from qhybrid.recipe.load import resolve
 from qhybrid.recipe.schema import Recipe
 

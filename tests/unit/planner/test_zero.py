@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qhybrid.architecture.spec import spec_from_config
 from qhybrid.errors import RecipeError
-from qhybrid.planner.memory import base_weights
+from qhybrid.planner.holdings import base_weights
 from qhybrid.planner.zero import Frozen, ZeroCost, ZeroSetup, frozen_tensors, zero_cost
 
 GB = 10**9

@@ -37,7 +37,6 @@ from qhybrid.adapters.attach import attach
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.spec import spec_from_config
 from qhybrid.cli.main import quiet_libraries
-from qhybrid.planner.memory import predict
 from qhybrid.planner.plan import Plan, make_plan
 from qhybrid.recipe.schema import Recipe
 from qhybrid.simulation.allocator import replay
@@ -260,11 +259,14 @@ def plan_of(case: Case, hardware: Hardware) -> Plan:
     """The plan as `sft` makes it, without the peak of loading: the random model is never in 16 bits."""
     spec = spec_from_config(case.config)
     plan = make_plan(
-        case.recipe, spec, hardware.budget, device=hardware.device, process_bytes=hardware.process_bytes
+        case.recipe,
+        spec,
+        hardware.budget,
+        device=hardware.device,
+        padded=case.padded,
+        process_bytes=hardware.process_bytes,
     )
-    # make_plan takes several rows to have padding.
-    prediction = predict(case.recipe, spec, plan.layout, device=hardware.device, padded=case.padded)
-    exact = replace(plan, prediction=prediction, load_peak=0)
+    exact = replace(plan, load_peak=0)
     return replace(exact, margin=plan.margin * exact.allocated // plan.allocated)
 
 

@@ -42,7 +42,9 @@ def reserved_margin() -> float:
 
 
 def cublas_workspace(gpu: Gpu | None) -> int:
-    """Bytes of cuBLAS' workspace on this GPU; the smaller one where it is not known."""
-    if gpu is not None and gpu.compute_capability >= (9, 0):
-        return CUBLAS_WORKSPACE_BYTES_SM90
-    return CUBLAS_WORKSPACE_BYTES
+    """Bytes of cuBLAS' workspaces on this GPU; of the smaller kind where it is not known.
+
+    One for each thread that has a handle: that of the forward pass, and the autograd engine's for the device.
+    """
+    is_large = gpu is not None and gpu.compute_capability >= (9, 0)
+    return 2 * (CUBLAS_WORKSPACE_BYTES_SM90 if is_large else CUBLAS_WORKSPACE_BYTES)

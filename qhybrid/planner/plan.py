@@ -131,13 +131,14 @@ def make_plan(
     *,
     device: Device = "cuda",
     longest: int | None = None,
+    padded: bool | None = None,
     caps: tuple[RankCap, ...] = (),
     process_bytes: int = constants.PROCESS_BYTES,
 ) -> Plan:
     """Plan `recipe` on this model.
 
     Args:
-        longest: tokens of the longest row, where the data is known.
+        longest, padded: as for `predict`, where the data is known.
         caps: what was changed in the recipe before, to be told with the plan.
         process_bytes: what the process takes on the host before the model is loaded.
 
@@ -145,7 +146,7 @@ def make_plan(
         LayoutError: the bands do not fit the model.
     """
     layout = build_layout(recipe.adapters, spec)
-    prediction = predict(recipe, spec, layout, device=device, longest=longest)
+    prediction = predict(recipe, spec, layout, device=device, longest=longest, padded=padded)
     workspace = constants.cublas_workspace(budget.gpu) if device == "cuda" else 0
     load = _load_peak(recipe, spec, device)
     remainders = 0

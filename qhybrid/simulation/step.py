@@ -150,11 +150,18 @@ class _MetaTrainer(BandedTrainer):
         return torch.ones(())  # the loop adds it up on the trainer's own device
 
 
+class _NoLog:
+    """An event log of a run that leaves nothing behind."""
+
+    def write(self, event: str, **facts: Any) -> None:
+        return
+
+
 class _MarkStates(AllocateRanks):
     """After the optimizer: its states are known. The masks and norms are handled as in a real run."""
 
     def __init__(self, trainer: _MetaTrainer) -> None:
-        super().__init__(trainer, events=None)  # nothing is allocated in these steps, so nothing is logged
+        super().__init__(trainer, events=_NoLog())
         self._meta_trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:

@@ -188,6 +188,9 @@ def spec_from_config(config: dict[str, Any], where: str = "config.json") -> Mode
             raise ModelError(f"{key} is {value!r}, not a usable size", where=where)
         return value
 
+    def optional(key: str) -> int | None:
+        return None if config.get(key) is None else size(key)
+
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     kv_heads = size("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -228,16 +231,13 @@ def spec_from_config(config: dict[str, Any], where: str = "config.json") -> Mode
         vocab_size=size("vocab_size"),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
         linears=linears,
-        max_position_embeddings=config.get("max_position_embeddings"),
-        sliding_window=_sliding_window(config),
+        max_position_embeddings=optional("max_position_embeddings"),
+        sliding_window=optional("sliding_window") if _uses_window(config) else None,
     )
 
 
-def _sliding_window(config: dict[str, Any]) -> int | None:
-    """The window, where the family or the config puts it to use."""
-    window = config.get("sliding_window")
-    if not isinstance(window, int) or isinstance(window, bool):
-        return None
+def _uses_window(config: dict[str, Any]) -> bool:
+    """Whether the family or the config puts a sliding window to use."""
     if config["model_type"] in ("qwen2", "qwen3", "smollm3"):
-        return window if config.get("use_sliding_window") else None
-    return window
+        return bool(config.get("use_sliding_window"))
+    return True

@@ -79,13 +79,18 @@ def command(
     if recommend:
         _recommend(loaded, facts, budget, chosen, task or "", rows or 0, tokens_per_row, as_json)
         return
-    plan = _solve(quantity, loaded, facts, budget, chosen) if quantity else _plan(loaded, facts, budget, chosen)
-    planned, result = plan
+    if simulate and not loaded.distributed.is_single:
+        raise click.UsageError("--simulate runs one process without ZeRO: leave the section distributed out")
+    planned, result, found = (
+        _solve(quantity, loaded, facts, budget, chosen)
+        if quantity
+        else (*_plan(loaded, facts, budget, chosen), True)
+    )
     simulated = _simulate(planned, facts, chosen) if simulate else None
     if as_json:
         content = result.to_dict() | ({"simulated": simulated} if simulated else {})
         if quantity:
-            content["solved"] = plan_text.solved(quantity, planned)
+            content["solved"] = plan_text.solved(quantity, planned) if found else None
         click.echo(json.dumps(content, indent=2))
     else:
         for notice in notices:
@@ -129,13 +134,17 @@ def _budget(recipe: Recipe, vram: str | None, gpu: str | None, context: str | No
         raise HardwareError("--gpu has no effect on a plan for the CPU", hint="give the host's memory with --vram")
     card = find_gpu(gpu) if gpu is not None else None
     own = constants.CUDA_CONTEXT_BYTES if context is None else amount("--context", context)
+    limits: list[tuple[int, str]] = []
     if vram is not None:
-        return Budget(amount("--vram", vram), card, own, "--vram")
+        limits.append((amount("--vram", vram), "--vram"))
+        if card is not None and limits[0][0] > card.memory_bytes:
+            raise HardwareError(f"--vram {vram} is more than the {card.name} has", hint="leave --vram out")
+    elif recipe.memory.vram is not None and device == "cuda":
+        limits.append((parse_bytes(recipe.memory.vram), "memory.vram"))
     if card is not None:
-        return Budget(card.memory_bytes, card, own, card.name)
-    if recipe.memory.vram is not None and device == "cuda":
-        return Budget(parse_bytes(recipe.memory.vram), None, own, "memory.vram")
-    return Budget(None, None, own)
+        limits.append((card.memory_bytes, card.name))
+    limit, source = min(limits, default=(None, ""))
+    return Budget(limit, card, own, source)
 
 
 def _plan(recipe: Recipe, facts: ModelFacts, budget: Budget, device: Any) -> tuple[Recipe, Plan]:
@@ -144,7 +153,10 @@ def _plan(recipe: Recipe, facts: ModelFacts, budget: Budget, device: Any) -> tup
     return recipe, make_plan(recipe, facts.spec, budget, device=device)
 
 
-def _solve(quantity: Any, recipe: Recipe, facts: ModelFacts, budget: Budget, device: Any) -> tuple[Recipe, Plan]:
+def _solve(
+    quantity: Any, recipe: Recipe, facts: ModelFacts, budget: Budget, device: Any
+) -> tuple[Recipe, Plan, bool]:
+    """The recipe with the largest value, its plan, and whether there is one that fits."""
     from qhybrid.errors import HardwareError
     from qhybrid.planner.plan import make_plan
     from qhybrid.planner.solve import rank_caps, solve
@@ -153,9 +165,9 @@ def _solve(quantity: Any, recipe: Recipe, facts: ModelFacts, budget: Budget, dev
         raise HardwareError("--solve needs a limit", hint="give --vram, --gpu, or memory.vram in the recipe")
     found = solve(quantity, recipe, facts.spec, lambda tried: make_plan(tried, facts.spec, budget, device=device))
     if found is None:  # not even the smallest value fits: the plan says so
-        return recipe, make_plan(recipe, facts.spec, budget, device=device)
+        return recipe, make_plan(recipe, facts.spec, budget, device=device), False
     caps = rank_caps(recipe, found) if quantity == "rank" else ()
-    return found, make_plan(found, facts.spec, budget, device=device, caps=caps)
+    return found, make_plan(found, facts.spec, budget, device=device, caps=caps), True
 
 
 def _simulate(recipe: Recipe, facts: ModelFacts, device: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.text import Text
 from qhybrid.planner import constants
 from qhybrid.planner.advise import Change, overrides_between, ways_to_fit, ways_to_spend
 from qhybrid.planner.plan import Plan, make_plan
+from qhybrid.planner.solve import solve_rank
 from qhybrid.planner.workload import checkpointed_layers, row_length
 from qhybrid.units import format_bytes, format_count
 
@@ -76,8 +77,10 @@ def solved(quantity: str, recipe: Recipe) -> Any:
             return recipe.training.per_device_train_batch_size
         case "max_length":
             return recipe.training.max_length
+    training = recipe.training
+    newer = training.activation_checkpointing
     return {
-        "gradient_checkpointing": recipe.training.gradient_checkpointing,
+        "gradient_checkpointing": training.gradient_checkpointing if newer is None else newer,
         "checkpoint_layers": recipe.memory.checkpoint_layers,
     }
 
@@ -106,8 +109,9 @@ def _header(recipe: Recipe, plan: Plan, facts: ModelFacts) -> list[str]:
 def _solved_lines(quantity: str, asked: Recipe, recipe: Recipe, plan: Plan) -> list[str]:
     changed = overrides_between(asked, recipe)
     if plan.fits is False:
-        return [f"solved    not even the smallest {quantity} fits"]
-    return [f"solved    {' '.join(changed) if changed else 'the recipe has the largest value already'}"]
+        least = "with every layer checkpointed" if quantity == "checkpointing" else f"at the smallest {quantity}"
+        return [f"solved    it does not fit even {least}"]
+    return [f"solved    {' '.join(changed) if changed else 'nothing is to be changed: it is as the recipe says'}"]
 
 
 def _caps(console: Console, plan: Plan) -> None:
@@ -233,7 +237,16 @@ def _advice(console: Console, recipe: Recipe, plan: Plan, facts: ModelFacts) -> 
     for change in changes:
         _say(console, _change_lines(change, f"saves {format_bytes(change.saves)}"))
     if not enough:
-        _say(console, ["  then: a smaller model, or a GPU with more memory"])
+        what = "more memory" if plan.device == "cpu" else "a GPU with more memory"
+        _say(console, [f"  then: a smaller model, or {what}"])
+    if recipe.memory.on_exceed == "cap_rank":
+        capped = solve_rank(recipe, facts.spec, replan, no_more_than_asked=True)
+        if capped is not None and overrides_between(recipe, capped):
+            words = " ".join(overrides_between(recipe, capped))
+            _say(
+                console,
+                ["", "left as it is, qhybrid sft lowers the ranks (memory.on_exceed: cap_rank):", f"  {words}"],
+            )
 
 
 def _change_lines(change: Change, effect: str) -> list[str]:

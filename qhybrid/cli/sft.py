@@ -65,8 +65,14 @@ def _dry_run(recipe: Recipe) -> None:
     """Show the plan for this machine. Exit code 1 if it does not fit."""
     from qhybrid.base.facts import model_facts
     from qhybrid.cli.main import print_error, quiet_libraries
+    from qhybrid.errors import ModelError
+    from qhybrid.training.preflight import check_single
 
-    facts = model_facts(recipe.model)
+    check_single(recipe)
+    try:
+        facts = model_facts(recipe.model)
+    except ModelError as error:
+        raise ModelError(error.message, hint="qhybrid plan takes a config.json with --config") from None
     quiet_libraries()
     from qhybrid.cli import plan_text
     from qhybrid.errors import MemoryPlanError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,13 +18,14 @@ from qhybrid.planner.solve import (
     with_ranks,
     with_training,
 )
-from qhybrid.planner.workload import checkpointed_layers
+from qhybrid.planner.workload import checkpointed_layers, row_length
 from qhybrid.recipe.schema import Recipe
 
 # A frozen base takes 2N FLOPs a token forward and 2N backward, and 2N more where a layer is computed again.
 _RECOMPUTATION = 0.5
 _WORTH_TELLING = 0.01  # a change that saves less of what is needed is not proposed
 _SHORTEST = 256  # tokens
+_LARGEST_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,30 @@ def ways_to_spend(recipe: Recipe, spec: ModelSpec, plan: Planner) -> list[Change
     if longer and length and (longer.training.max_length or 0) > length:
         times = (longer.training.max_length or 0) / length
         found.append(_change(recipe, longer, here, plan(longer), f"rows of up to {times:.1f} times the length"))
-    bigger = solve("micro_batch", recipe, spec, plan)
-    batch = recipe.training.per_device_train_batch_size
-    if bigger and bigger.training.per_device_train_batch_size > batch:
-        found.append(_change(recipe, bigger, here, plan(bigger), "fewer, larger steps through the GPU"))
+    bigger = _bigger_batch(recipe, spec, plan)
+    if bigger is not None:
+        found.append(_change(recipe, bigger[0], here, plan(bigger[0]), bigger[1]))
     more = solve_rank(recipe, spec, plan)
     if more and [band.rank for band in more.adapters] != [band.rank for band in recipe.adapters]:
         found.append(_change(recipe, more, here, plan(more), "rank is a weak lever: try it last"))
     return found
+
+
+def _bigger_batch(recipe: Recipe, spec: ModelSpec, plan: Planner) -> tuple[Recipe, str] | None:
+    """A larger micro-batch in fewer accumulation steps; a larger step where there is nothing to accumulate."""
+    solved = solve("micro_batch", recipe, spec, plan)
+    batch, accumulated = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
+    best = solved.training.per_device_train_batch_size if solved else batch
+    if best <= batch:
+        return None
+    rows = batch * accumulated
+    if accumulated == 1:
+        return with_training(recipe, per_device_train_batch_size=best), f"a step is {best} rows instead of {rows}"
+    whole = [size for size in range(batch + 1, min(best, rows) + 1) if rows % size == 0]
+    if not whole:
+        return None
+    changes = {"per_device_train_batch_size": whole[-1], "gradient_accumulation_steps": rows // whole[-1]}
+    return with_training(recipe, **changes), "the same step in fewer, larger parts"
 
 
 # ---- the levers: (recipe, model, planner) -> the changed recipe and the price; None where there is nothing ----
@@ -193,7 +211,7 @@ def _smaller_states(recipe: Recipe, spec: ModelSpec, plan: Planner):
 
 def _smaller_batch(recipe: Recipe, spec: ModelSpec, plan: Planner):
     batch, accumulated = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
-    smaller = [size for size in range(batch - 1, 0, -1) if batch % size == 0]
+    smaller = [size for size in range(min(batch - 1, _LARGEST_BATCH), 0, -1) if batch % size == 0]
 
     def with_batch(size: int) -> Recipe:
         steps = accumulated * batch // size
@@ -226,8 +244,11 @@ def _less_rank(recipe: Recipe, spec: ModelSpec, plan: Planner):
 
 
 def _shorter_rows(recipe: Recipe, spec: ModelSpec, plan: Planner):
-    length = recipe.training.max_length
-    if length is None or length <= _SHORTEST:
+    training = recipe.training
+    if training.padding_free and not training.packing:
+        return None  # trl wants it without a max_length
+    length = training.max_length or row_length(recipe, spec)
+    if length <= _SHORTEST:
         return None
     shorter = [size for size in (length // 2, length // 4, length // 8) if size >= _SHORTEST]
     best = next((size for size in shorter if fits(plan, with_training(recipe, max_length=size))), None)
@@ -265,19 +286,23 @@ def overrides_between(before: Recipe, after: Recipe) -> tuple[str, ...]:
         for name in type(one).model_fields:
             if getattr(one, name) != getattr(other, name):
                 found.append(f"{section}.{name}={_written(getattr(other, name))}")
-    for one, other in zip(before.adapters, after.adapters, strict=True):
+    for index, (one, other) in enumerate(zip(before.adapters, after.adapters, strict=True)):
+        # The command line splits at dots, and takes digits for a place in the list.
+        name = one.band if "." not in one.band and not one.band.isdigit() else str(index)
         if one.rank != other.rank:
-            found.append(f"adapters.{one.band}.rank={other.rank}")
+            found.append(f"adapters.{name}.rank={other.rank}")
             if one.alpha is not None:
-                found.append(f"adapters.{one.band}.alpha={other.alpha:g}")
+                found.append(f"adapters.{name}.alpha={other.alpha:g}")
             if one.adalora is not None and one.adalora.init_rank is not None:
-                found.append(f"adapters.{one.band}.adalora.init_rank={other.init_rank}")
+                found.append(f"adapters.{name}.adalora.init_rank={other.init_rank}")
         if one.target_modules != other.target_modules:
-            found.append(f"adapters.{one.band}.target_modules={','.join(other.target_modules)}")
+            found.append(f"adapters.{name}.target_modules={','.join(other.target_modules)}")
     return tuple(found)
 
 
 def _written(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, (dict, list)):
+        return json.dumps(value)
     return "null" if value is None else str(value)

@@ -17,7 +17,15 @@ from qhybrid.planner.holdings import (
 )
 from qhybrid.planner.moments import Gradients, evaluation_peak, moments_of
 from qhybrid.planner.optimizers import rule_of
-from qhybrid.planner.workload import WIDTHS, Device, Pass, assumptions_of, checkpointed_layers, how_it_runs
+from qhybrid.planner.workload import (
+    WIDTHS,
+    Device,
+    Pass,
+    assumptions_of,
+    checkpointed_layers,
+    how_it_runs,
+    loss_of,
+)
 from qhybrid.planner.zero import ZeroCost, ZeroSetup, frozen_tensors, zero_cost
 from qhybrid.recipe.schema import Recipe
 
@@ -104,14 +112,16 @@ def predict(
     if recipe.training.eval_strategy != "no":
         evaluating = how_it_runs(recipe, spec, device, evaluating=True, longest=longest, padded=padded)
         gathered = shared.gather if shared else 0
-        peak = evaluation_peak(spec, layout, evaluating)
+        peak = evaluation_peak(spec, layout, evaluating, loss_of(recipe))
         moments["evaluation"] = {"activations": peak, "gathered parameters": gathered}
     moments["optimizer step"] = step
     resting = sum(static.values())
     totals = {name: sum(parts.values()) for name, parts in moments.items()}
     moment = max(totals, key=lambda name: totals[name])
     components = {**static, **moments[moment]}
-    notes = () if shared is None else (*shared.notes, _SIZES_NOTE)
+    notes = () if shared is None else shared.notes
+    if recipe.distributed.zero_stage:
+        notes = (*notes, _SIZES_NOTE)
     return Prediction(
         peak=resting + totals[moment],
         moment=moment,

@@ -9,7 +9,7 @@ from qhybrid.architecture.spec import ModelSpec
 from qhybrid.planner.decoder import Adapter, layer_cost
 from qhybrid.planner.head import head_cost
 from qhybrid.planner.holdings import parameters_of
-from qhybrid.planner.workload import Pass, checkpointed_layers, loss_of
+from qhybrid.planner.workload import Loss, Pass, checkpointed_layers, loss_of
 from qhybrid.recipe.schema import Recipe
 
 _TOKEN = 8  # bytes of a token's number, a label and a mask's entry
@@ -120,7 +120,7 @@ def shared_inputs(spec: ModelSpec, how: Pass) -> tuple[int, int]:
     return tokens + angles, mask * (2 if spec.family.alternates_windows else 1)
 
 
-def evaluation_peak(spec: ModelSpec, layout: Layout, how: Pass) -> int:
+def evaluation_peak(spec: ModelSpec, layout: Layout, how: Pass, loss: Loss) -> int:
     """The most that is alive in a forward pass that keeps nothing."""
     adapters = _adapters_by_layer(layout)
     peaks = [
@@ -129,4 +129,4 @@ def evaluation_peak(spec: ModelSpec, layout: Layout, how: Pass) -> int:
         ).forward_peak
         for layer in range(spec.num_layers)
     ]
-    return sum(shared_inputs(spec, how)) + max(*peaks, head_cost(spec, how, "chunked").forward_peak)
+    return sum(shared_inputs(spec, how)) + max(*peaks, head_cost(spec, how, loss).forward_peak)

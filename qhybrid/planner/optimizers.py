@@ -76,8 +76,7 @@ def state_bytes(rule: Rule, size: int, width: int, rounding: int, *, on_cuda: bo
         return -(-int(num_bytes) // rounding) * rounding
 
     if rule.factored:
-        side = int(size**0.5)
-        return rounded(2 * side * FP32), 0
+        return rounded((size // 4 + 2) * FP32), 0  # rows and columns of an r x n matrix, for ranks from 4 on
     small = rule.width in (1, 0.5) and size < _MIN_8BIT_SIZE
     one = FP32 if small else (rule.width or width)
     scales = rounded(-(-size // _BLOCK) * FP32) if rule.width in (1, 0.5) and not small else 0

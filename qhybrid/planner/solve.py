@@ -89,7 +89,18 @@ def checkpointing(recipe: Recipe, spec: ModelSpec, num_layers: int) -> Recipe:
     if num_layers == 0:
         return _with_checkpointing(with_memory(recipe, checkpoint_layers=None), False)
     named = None if num_layers == spec.num_layers else ("0" if num_layers == 1 else f"0-{num_layers - 1}")
+    recipe = _without_every_n(recipe)
     return _with_checkpointing(with_memory(recipe, checkpoint_layers=named), True)
+
+
+def _without_every_n(recipe: Recipe) -> Recipe:
+    """every_n_layers would name other layers."""
+    changes = {}
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        given = getattr(recipe.training, name)
+        if isinstance(given, dict) and "every_n_layers" in given:
+            changes[name] = {key: value for key, value in given.items() if key != "every_n_layers"} or None
+    return with_training(recipe, **changes) if changes else recipe
 
 
 def _with_checkpointing(recipe: Recipe, enabled: bool) -> Recipe:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from qhybrid.architecture.bands import parse_layers
 from qhybrid.architecture.spec import ModelSpec
-from qhybrid.recipe.schema import Recipe
+from qhybrid.errors import LayoutError
+from qhybrid.recipe.schema import Recipe, checkpointing_settings
 
 Device = Literal["cuda", "cpu"]
 Attention = Literal["flash", "efficient", "eager", "cpu"]
@@ -49,22 +50,21 @@ def checkpointed_layers(recipe: Recipe, num_layers: int) -> frozenset[int]:
         return frozenset()
     named = recipe.memory.checkpoint_layers
     if named is None:
-        every = _checkpointing_settings(recipe).get("every_n_layers", 1)
+        every = checkpointing_settings(recipe.training).get("every_n_layers", 1)
         return frozenset(range(0, num_layers, every if isinstance(every, int) and every > 0 else 1))
     layers: set[int] = set()
     bands = {band.band: band.layers for band in recipe.adapters}
     for word in named.split("+"):
         text = bands.get(word.strip(), word)
-        layers.update(parse_layers(text, num_layers, "memory.checkpoint_layers"))
+        try:
+            layers.update(parse_layers(text, num_layers, word.strip()))
+        except LayoutError as error:
+            message = error.message.replace(f"band {word.strip()!r}: ", "")
+            known = f"; or a band: {', '.join(bands)}"
+            raise LayoutError(
+                f"memory.checkpoint_layers: {message}", hint=(error.hint or "layers") + known
+            ) from None
     return frozenset(layers)
-
-
-def _checkpointing_settings(recipe: Recipe) -> dict[str, Any]:
-    training = recipe.training
-    for given in (training.activation_checkpointing_kwargs, training.gradient_checkpointing_kwargs):
-        if isinstance(given, dict):
-            return given
-    return {}
 
 
 def row_length(recipe: Recipe, spec: ModelSpec, longest: int | None = None) -> int:
@@ -128,7 +128,7 @@ def assumptions_of(recipe: Recipe, spec: ModelSpec, optimizer_known: bool) -> tu
     found = []
     if recipe.training.max_length is None:
         found.append(f"training.max_length is not given: rows of {row_length(recipe, spec)} tokens are assumed")
-    if recipe.training.activation_offloading or _checkpointing_settings(recipe).get("offload"):
+    if recipe.training.activation_offloading or checkpointing_settings(recipe.training).get("offload"):
         found.append("activations are counted on the GPU, although the recipe moves them to the host")
     if recipe.training.torch_compile:
         found.append("torch.compile is not modelled: the plan is that of the eager model")

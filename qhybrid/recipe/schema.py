@@ -37,6 +37,14 @@ def _or(*alternatives: dict[str, Any]) -> Any:
 _ONE_SOURCE = ({"type": "string"}, {"type": "object"})
 
 
+def checkpointing_settings(training: TrainingSection) -> dict[str, Any]:
+    """transformers' settings of activation checkpointing, under its newer or its older name."""
+    for given in (training.activation_checkpointing_kwargs, training.gradient_checkpointing_kwargs):
+        if isinstance(given, dict):
+            return given
+    return {}
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused, no silent conversion of text to numbers."""
 
@@ -118,7 +126,7 @@ class BandSection(Section):
     # How the planner may lower the rank when the memory does not suffice (memory.on_exceed: cap_rank).
     min_rank: Annotated[int, Field(ge=1)] | None = None  # 4, or the rank where that is less
     rank_multiple: Annotated[int, Field(ge=1)] | None = None  # steps of the rank: 4 if the rank is a multiple of 4
-    rank_weight: Annotated[float, Field(ge=0)] = 1.0  # 2 shrinks twice as fast as 1, 0 never
+    rank_weight: Annotated[float, Field(ge=0, le=10)] = 1.0  # 2 shrinks twice as fast as 1, 0 never
     adalora: AdaLoraSection | None = None
 
     @model_validator(mode="before")
@@ -152,6 +160,8 @@ class BandSection(Section):
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:
+        if 0 < self.rank_weight < 0.1:
+            raise ValueError("rank_weight is 0 or at least 0.1")
         if self.min_rank is not None and self.min_rank > self.rank:
             raise ValueError(f"min_rank {self.min_rank} is above the rank {self.rank}")
         if self.kind == "dora" and self.dropout > 0:
@@ -253,7 +263,12 @@ class MemorySection(Section):
     on_exceed: Literal["cap_rank", "error", "ignore"] = "cap_rank"  # when the plan does not fit into it
     # With training.gradient_checkpointing: the layers that are checkpointed, as in a band's layers, or bands by
     # name ("middle+top"); all of them when left out.
-    checkpoint_layers: str | None = None
+    checkpoint_layers: Annotated[str | None, _or({"type": "integer"})] = None
+
+    @field_validator("checkpoint_layers", mode="before")
+    @classmethod
+    def _one_layer_is_a_number(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("vram", mode="before")
     @classmethod
@@ -350,6 +365,8 @@ class Recipe(Section):
             checkpointing = training.activation_checkpointing
         if self.memory.checkpoint_layers is not None and not checkpointing:
             raise ValueError("memory.checkpoint_layers needs training.gradient_checkpointing: true")
+        if self.memory.checkpoint_layers is not None and checkpointing_settings(training).get("every_n_layers"):
+            raise ValueError("memory.checkpoint_layers and every_n_layers both name the layers; give one of them")
         if training.packing and training.max_length is None:
             raise ValueError("training.packing needs training.max_length")
         if training.padding_free and not training.packing and training.max_length is not None:

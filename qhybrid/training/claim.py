@@ -187,6 +187,7 @@ def _has_trained(run: Run) -> bool:
 _MAY_DIFFER = (
     "training.logging_steps", "training.report_to", "training.run_name", "training.save_total_limit",
     "training.gradient_checkpointing", "training.per_device_eval_batch_size", "memory.vram",
+    "memory.on_exceed", "memory.checkpoint_layers", "training.activation_checkpointing",
 )  # fmt: skip
 
 

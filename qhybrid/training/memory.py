@@ -33,8 +33,8 @@ def process_peak_bytes() -> int:
 def hardware_of(recipe: Recipe) -> Hardware:
     """Where `recipe` would run on this machine, and what it may use there.
 
-    On a GPU the limit is memory.vram, or what the GPU has; what the driver counts as taken before the first tensor
-    (this process' context, and whatever others hold) is not there for the run.
+    On a GPU what the driver counts as taken before the first tensor (this process' context, and whatever others
+    hold) is not there for the run. memory.vram limits what torch takes beside that, as `limit_vram` makes sure.
     """
     process = psutil.Process().memory_info().rss
     if recipe.training.use_cpu or not torch.cuda.is_available():
@@ -43,8 +43,10 @@ def hardware_of(recipe: Recipe) -> Hardware:
     properties = torch.cuda.get_device_properties(0)
     card = Gpu(properties.name, total, (properties.major, properties.minor), 0.0, None)
     wanted = parse_bytes(recipe.memory.vram) if recipe.memory.vram is not None else total
-    source = "memory.vram" if wanted < total else properties.name
-    return Hardware("cuda", Budget(min(wanted, total), card, total - free, source), process)
+    taken = total - free
+    limit = min(wanted + taken, total)
+    source = "memory.vram" if limit < total else properties.name
+    return Hardware("cuda", Budget(limit, card, taken, source), process)
 
 
 def limit_vram(vram: str | None) -> str | None:

@@ -27,26 +27,43 @@ class Hardware:
     process_bytes: int
 
 
-def plan_run(recipe: Recipe, spec: ModelSpec, hardware: Hardware) -> tuple[Recipe, Plan]:
+def plan_run(
+    recipe: Recipe,
+    spec: ModelSpec,
+    hardware: Hardware,
+    *,
+    longest: int | None = None,
+    earlier: tuple[RankCap, ...] | None = None,
+) -> tuple[Recipe, Plan]:
     """The recipe with ranks that fit, and its plan; what happens otherwise says memory.on_exceed.
+
+    Args:
+        longest: tokens of the longest row, where the recipe does not limit it.
+        earlier: the caps of the run that is to be resumed; its ranks are settled, and are not lowered again.
 
     Raises:
         MemoryPlanError: it does not fit, and may not or cannot be made to fit by lower ranks.
     """
 
     def plan(tried: Recipe, caps: tuple[RankCap, ...] = ()) -> Plan:
-        return _plan(tried, spec, hardware, caps=caps)
+        return _plan(tried, spec, hardware, longest=longest, caps=caps)
 
-    asked = plan(recipe)
+    asked = plan(recipe, earlier or ())
     if asked.fits is not False or recipe.memory.on_exceed == "ignore":
         return recipe, asked
-    if recipe.memory.on_exceed == "cap_rank":
+    can_cap = recipe.memory.on_exceed == "cap_rank" and earlier is None
+    if can_cap:
         capped = solve_rank(recipe, spec, plan, no_more_than_asked=True)
         if capped is not None:
             return capped, plan(capped, rank_caps(recipe, capped))
     limit = asked.budget.vram or 0
     what = f"{format_bytes(asked.needed)} are needed and {format_bytes(limit)} are there ({asked.budget.source})"
-    tried = ", even at the smallest ranks" if recipe.memory.on_exceed == "cap_rank" else ""
+    tried = ", even at the smallest ranks" if can_cap else ""
+    if earlier is not None:
+        raise MemoryPlanError(
+            f"the run was started with more memory: {what}",
+            hint="free memory, checkpoint more layers, or go on with memory.on_exceed=ignore",
+        )
     changes, enough = ways_to_fit(recipe, spec, plan)
     words = " ".join(word for change in changes for word in change.overrides)
     hint = f"this fits: {words}" if enough else "no change of the recipe suffices; qhybrid plan shows what helps"
@@ -75,20 +92,24 @@ def write_plan(run: Run, plan: Plan, expected: Plan) -> None:
     write_atomically(run.plan_file, json.dumps(content, indent=2) + "\n")
 
 
+def earlier_caps(recipe: Recipe) -> tuple[RankCap, ...] | None:
+    """The caps of the run in the recipe's output folder; None where no run was planned there."""
+    try:
+        content = json.loads(Run(Path(recipe.output_dir)).plan_file.read_text(encoding="utf-8"))
+        return tuple(RankCap(cap["band"], cap["asked"], cap["got"]) for cap in content["rank_caps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def with_earlier_caps(recipe: Recipe) -> Recipe:
     """The recipe as the run that is to be resumed had it: with the ranks that its plan was capped to.
 
     The memory that other processes take may have changed since; the adapters must not.
     """
-    try:
-        content = json.loads(Run(Path(recipe.output_dir)).plan_file.read_text(encoding="utf-8"))
-        caps = {cap["band"]: (cap["asked"], cap["got"]) for cap in content["rank_caps"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return recipe
-    asked = {band.band: band.rank for band in recipe.adapters}
-    if {band: cap[0] for band, cap in caps.items()} != asked:
-        return recipe  # another recipe; the claim on the folder will say so
-    return with_ranks(recipe, {band: cap[1] for band, cap in caps.items()})
+    caps = earlier_caps(recipe) or ()
+    if {cap.band: cap.asked for cap in caps} != {band.band: band.rank for band in recipe.adapters}:
+        return recipe  # nothing was capped, or another recipe: the claim on the folder will say so
+    return with_ranks(recipe, {cap.band: cap.got for cap in caps})
 
 
 def plan_lines(plan: Plan) -> list[str]:

@@ -39,13 +39,22 @@ def preflight(recipe: Recipe, *, base_folder: Path, resume: bool, overwrite: boo
             "several processes are not in this version",
             hint="start qhybrid without torchrun or accelerate launch; one GPU is used",
         )
+    check_single(recipe)
+    check_claim(recipe, resume=resume, overwrite=overwrite)
+    check_inputs(recipe, base_folder)
+
+
+def check_single(recipe: Recipe) -> None:
+    """Refuse several processes and ZeRO.
+
+    Raises:
+        RecipeError: the recipe asks for them.
+    """
     if not recipe.distributed.is_single:
         raise RecipeError(
             "distributed: several processes and ZeRO are planned for, but not trained with in this version",
             hint="leave the section out to train on one GPU; qhybrid plan prices it",
         )
-    check_claim(recipe, resume=resume, overwrite=overwrite)
-    check_inputs(recipe, base_folder)
 
 
 def check_inputs(recipe: Recipe, base_folder: Path) -> None:

@@ -27,7 +27,7 @@ from qhybrid.base.locate import find_local, hub_commit, model_folder
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import PreparedData, prepare_data
 from qhybrid.errors import AllocationError, ModelError, RecipeError, TrainingError
-from qhybrid.planner.plan import Plan
+from qhybrid.planner.plan import Plan, RankCap
 from qhybrid.recipe.load import LoadedRecipe
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.arguments import training_arguments
@@ -39,7 +39,7 @@ from qhybrid.training.claim import claim, has_replaced
 from qhybrid.training.display import ProgressDisplay
 from qhybrid.training.events import EventLog
 from qhybrid.training.memory import hardware_of, limit_vram
-from qhybrid.training.planning import Hardware, expect, plan_lines, plan_run, write_plan
+from qhybrid.training.planning import Hardware, earlier_caps, expect, plan_lines, plan_run, write_plan
 from qhybrid.training.preflight import preflight, settle
 from qhybrid.training.run import Run, begin, versions, write_atomically
 from qhybrid.training.summary import announce, figures_of, predicted_memory
@@ -76,17 +76,21 @@ def run_sft(
         console.print(f"{recipe.output_dir} holds the finished run of this recipe; nothing to do", highlight=False)
         return SftResult(Run(Path(recipe.output_dir)), before["figures"])
     hardware = hardware_of(recipe)
-    recipe, plan = _planned(recipe, hardware)
+    earlier = earlier_caps(recipe) if resume else None
+    recipe, plan = _planned(recipe, hardware, earlier)
     # What needs no model is looked at before the folder is claimed.
     training_arguments(recipe, Path(recipe.output_dir))
     base = model_folder(recipe.model)
-    if plan is None:  # the config has come with the model
-        recipe, plan = plan_run(recipe, read_spec(base), hardware)
-    layout = build_layout(recipe.adapters, read_spec(base))
+    spec = read_spec(base)
+    build_layout(recipe.adapters, spec)
     tokenizer = load_tokenizer(recipe.model)
     date = (before or {}).get("date") or datetime.date.today().isoformat()
     data = prepare_data(recipe, tokenizer, base_folder=loaded.folder, date=date)
-    expected = expect(recipe, read_spec(base), hardware, data.longest, plan.caps)
+    if plan is None:  # the config has come with the model, or the longest row with the data
+        longest = data.longest if recipe.training.max_length is None else None
+        recipe, plan = plan_run(recipe, spec, hardware, longest=longest, earlier=earlier)
+    layout = build_layout(recipe.adapters, spec)
+    expected = expect(recipe, spec, hardware, data.longest, plan.caps)
     with claim(recipe, resume=resume, overwrite=overwrite) as run:
         begin(run, recipe, data.fingerprint, date)
         write_atomically(run.layout_file, layout.to_json())
@@ -119,13 +123,17 @@ def run_sft(
     return SftResult(run, figures)
 
 
-def _planned(recipe: Recipe, hardware: Hardware) -> tuple[Recipe, Plan | None]:
-    """The plan from what is known before anything is downloaded; None where that is nothing."""
+def _planned(
+    recipe: Recipe, hardware: Hardware, earlier: tuple[RankCap, ...] | None
+) -> tuple[Recipe, Plan | None]:
+    """The plan from what is known before anything is downloaded; None where that is not enough."""
+    if recipe.training.max_length is None:
+        return recipe, None
     try:
         facts = model_facts(recipe.model)
     except ModelError:
         return recipe, None
-    return plan_run(recipe, facts.spec, hardware)
+    return plan_run(recipe, facts.spec, hardware, earlier=earlier)
 
 
 def _train(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import yaml
 from helpers import run_recipe
 from rich.console import Console
 
+from qhybrid.cli.main import main
 from qhybrid.errors import MemoryPlanError
 from qhybrid.planner.plan import Budget
 from qhybrid.recipe.load import load_recipe, parse_recipe
@@ -23,11 +26,15 @@ from qhybrid.training.preflight import settle
 from qhybrid.training.sft import run_sft
 
 
-def qhybrid(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from qhybrid.cli.main import main; main(sys.argv[1:])"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, check=False
-    )
+def qhybrid(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As on the command line, in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(list(arguments))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def plan_json(*arguments: str) -> dict[str, Any]:
@@ -161,6 +168,8 @@ GOOD = {
         ({"model_type": "mixtral"}, "not a supported architecture"),
         ({"model_type": None}, "not a supported architecture"),
         ({"num_attention_heads": 128}, "head_dim"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings is 'many'"),
+        ({"model_type": "mistral", "sliding_window": -5}, "sliding_window is -5"),
     ],
 )
 def test_an_absurd_config_is_one_message(change: dict[str, Any], said: str, tmp_path: Path):
@@ -189,6 +198,9 @@ def test_an_absurd_config_is_one_message(change: dict[str, Any], said: str, tmp_
         (["--model", "llama-2-7b", "--recommend", "--task", "genration", "--rows", "5"], "generation"),
         (["--model", "llama-2-7b", "--device", "cpu", "--gpu", "4090"], "--gpu has no effect"),
         (["--model", "llama-2-7b", "adapters.0.layers=40-50"], "out of range"),
+        (["--model", "llama-2-7b", "adapters.0.rank_weight=1000"], "rank_weight"),
+        (["--model", "llama-2-7b", "adapters.0.rank_weight=0.001"], "rank_weight"),
+        (["--model", "llama-2-7b", "--simulate", "distributed.processes=2"], "--simulate"),
         (["--model", "llama-2-7b", "memory.checkpoint_layers=40"], "memory.checkpoint_layers"),
         (["--model", "llama-2-7b", "distributed.processes=64", "distributed.zero_stage=3"], "64"),
     ],
@@ -197,6 +209,58 @@ def test_bad_input_is_one_message(arguments: list[str], said: str):
     done = qhybrid("plan", *arguments)
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stderr and said in done.stderr
+
+
+def test_the_smaller_of_two_limits_counts():
+    plan = plan_json("llama2_7b_instruct", "memory.vram=12GiB", "--gpu", "RTX 4090")
+    assert plan["budget_bytes"] == 12 * 2**30 and plan["budget_source"] == "memory.vram"
+    refused = qhybrid("plan", "llama2_7b_instruct", "--vram", "80GiB", "--gpu", "RTX 4090")
+    assert refused.returncode == 2 and "more than the RTX 4090 has" in refused.stderr
+
+
+def test_nothing_is_solved_where_nothing_fits():
+    done = qhybrid("plan", "llama2_7b_instruct", "--vram", "1GiB", "--solve", "rank", "--json")
+    assert done.returncode == 1 and json.loads(done.stdout)["solved"] is None
+
+
+def test_a_plan_that_does_not_fit_says_what_a_run_would_do():
+    done = qhybrid("plan", "llama2_7b_instruct", "adapters.top.rank=1024", "--vram", "10GiB")
+    assert done.returncode == 1 and "qhybrid sft lowers the ranks" in done.stdout
+
+
+@pytest.mark.parametrize("names", [("v1.0", "x"), ("1", "0")])
+def test_advice_for_bands_with_odd_names_hits_the_right_band(tmp_path: Path, names: tuple[str, str]):
+    recipe = tmp_path / "odd.yaml"
+    layers = ("0-15", "16-31")
+    bands = [{"band": name, "layers": own, "rank": 64} for name, own in zip(names, layers, strict=True)]
+    values = {
+        "model": {"path": "meta-llama/Llama-2-7b-hf"},
+        "adapters": bands,
+        "data": {"sources": "r.jsonl"},
+        "training": {"per_device_train_batch_size": 1, "max_length": 512},
+        "output_dir": "out",
+    }
+    recipe.write_text(yaml.safe_dump(values))
+    done = qhybrid("plan", str(recipe), "--vram", "24GiB", "--solve", "rank")
+    words = next(line for line in done.stdout.splitlines() if line.startswith("solved")).split()[1:]
+    pasted = plan_json(str(recipe), *words, "--vram", "24GiB")
+    assert pasted["fits"] is True
+    assert pasted["needed_bytes"] == plan_json(str(recipe), "--vram", "24GiB", "--solve", "rank")["needed_bytes"]
+
+
+def test_every_other_layer_is_not_all_layers():
+    kwargs = "training.gradient_checkpointing_kwargs={every_n_layers: 2}"
+    all_layers = plan_json("llama2_7b_instruct")["needed_bytes"]
+    assert plan_json("llama2_7b_instruct", kwargs)["needed_bytes"] > all_layers
+    limit = f"{all_layers + 2**20}B"
+    solved = plan_json("llama2_7b_instruct", kwargs, "--vram", limit, "--solve", "checkpointing")
+    assert solved["fits"] is True
+    both = qhybrid("plan", "llama2_7b_instruct", kwargs, "memory.checkpoint_layers=0")
+    assert both.returncode == 2 and "every_n_layers" in both.stderr
+
+
+def test_one_layer_may_be_written_as_a_number():
+    assert plan_json("llama2_7b_instruct", "memory.checkpoint_layers=0")["needed_bytes"] > 0
 
 
 # ---- a run and its plan ----
@@ -253,12 +317,25 @@ def test_a_run_caps_its_ranks_and_resumes_with_them(tmp_path: Path, tiny_model_f
         "low": 2.0, "mid": pytest.approx(40 / 30, rel=0.1), "high": 2.0,
     }  # fmt: skip
     # With other memory than before, a resumed run keeps the ranks that it has.
-    (run.folder / "run.json").write_text(run.folder.joinpath("run.json").read_text().replace("finished", "failed"))
+    _make_failed(run)
     small_gpu(10**12)
     again = run_sft(loaded, resume=True, console=Console(quiet=True))
     assert {
         row["band"]: row["target_rank"] for row in json.loads(again.run.layout_file.read_text())["rows"]
     } == ranks
+    # A second time too; and where less memory is free than before, it says so instead of lowering them again.
+    _make_failed(run)
+    third = run_sft(loaded, resume=True, console=Console(quiet=True))
+    assert json.loads(third.run.plan_file.read_text())["rank_caps"] == plan["rank_caps"]
+    _make_failed(run)
+    small_gpu(needed_at(loaded, got) // 2)
+    with pytest.raises(MemoryPlanError, match="started with more memory"):
+        run_sft(loaded, resume=True, console=Console(quiet=True))
+
+
+def _make_failed(run) -> None:
+    status = run.folder / "run.json"
+    status.write_text(status.read_text().replace("finished", "failed"))
 
 
 def test_a_run_that_may_not_cap_is_refused_before_anything_is_touched(

@@ -108,6 +108,7 @@ class Line:
     setting: str
     closed: int
     simulated: int
+    reserved: int  # what torch's allocator takes for the simulated step, by a replay
     moment: str
     closed_seconds: float
     simulated_seconds: float
@@ -147,7 +148,7 @@ def compare(shape: str, name: str, recipe: Recipe) -> Line:
     simulated = simulate(recipe, entry.config, padded=padded)
     end = time.perf_counter()
     return Line(
-        shape, name, closed.peak, simulated.peak_bytes, closed.moment,
+        shape, name, closed.peak, simulated.peak_bytes, simulated.reserved_bytes, closed.moment,
         round(between - began, 4), round(end - between, 2),
     )  # fmt: skip
 
@@ -186,7 +187,11 @@ def main() -> None:
             continue
         line = compare(shape, name, recipe)
         lines.append(line)
-        print(f"{line.ratio:.4f}  {shape}  {name}  ({line.simulated_seconds:.0f} s)", flush=True)
+        waste = line.reserved / line.simulated
+        print(
+            f"{line.ratio:.4f}  reserved {waste:.3f}  {shape}  {name}  ({line.simulated_seconds:.0f} s)",
+            flush=True,
+        )
     text = to_text(lines)
     print(text)
     if not only:

@@ -150,15 +150,7 @@ def _shared(recipe: Recipe, spec: ModelSpec, layout: Layout, how: Pass, rounding
     if stage == 0:
         setup = ZeroSetup(stage=0, processes=processes)
     else:
-        auto = ZeroSetup.auto(stage, processes, spec.hidden_size)
-        setup = ZeroSetup(
-            stage=stage,
-            processes=processes,
-            offload=asked.offload,
-            reduce_bucket_size=auto.reduce_bucket_size,
-            prefetch_bucket_size=auto.prefetch_bucket_size,
-            param_persistence_threshold=auto.param_persistence_threshold,
-        )
+        setup = replace(ZeroSetup.auto(stage, processes, spec.hidden_size), offload=asked.offload)
     base, plain = base_weights(spec, nf4=how.nf4, nested=how.nested, width=how.width, rounding=rounding)
     return zero_cost(
         setup,

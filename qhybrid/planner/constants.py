@@ -20,10 +20,10 @@ CUBLAS_WORKSPACE_BYTES = 2 * 4096 * 1024 + 8 * 16 * 1024
 CUBLAS_WORKSPACE_BYTES_SM90 = 32 * MIB
 
 # What torch reserves beyond what is allocated, as a share of it: segments are not filled to the last byte. From
-# replays of simulated steps through the caching allocator (simulation/allocator.py): with full rows, from 1 GiB on,
-# 1.02 to 1.20 with a median of 1.10 over 14 recipes, and 1.003 to 1.066 with expandable segments. `plan --simulate`
-# prints it for a recipe. Rows of very different lengths take more. Cached segments are given back before torch runs
-# out of memory.
+# replays of simulated steps through the caching allocator (simulation/allocator.py): with full rows, from 1 GiB
+# on, 1.02 to 1.20 with a median of 1.10 over 14 recipes, and 1.003 to 1.066 with expandable segments; `plan
+# --simulate` prints it for a recipe. Rows of very different lengths take more. Cached segments are given back
+# before torch runs out of memory.
 RESERVED_MARGIN = 0.10
 RESERVED_MARGIN_EXPANDABLE = 0.05
 

@@ -11,6 +11,7 @@ class QhybridError(Exception):
     """
 
     exit_code = 2
+    told_elsewhere = False  # another process prints it
 
     def __init__(self, message: str, *, hint: str | None = None, where: str | None = None) -> None:
         super().__init__(message)

@@ -12,6 +12,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
+from qhybrid.adapters.access import DIRECT, Access
+
 INITIAL_STD = 0.02  # of P and Q, as in the authors' code
 _SMALLEST_NORM = 1e-12  # the regulariser's gradient is 0 where P and Q are orthonormal already
 
@@ -60,7 +62,10 @@ class AdaLoraVariant(LoraVariant):
 
 @torch.no_grad()
 def add_regularizer(
-    pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], weight: float, scale: float = 1.0
+    pairs: Sequence[tuple[nn.Parameter, nn.Parameter]],
+    weight: float,
+    scale: float = 1.0,
+    access: Access = DIRECT,
 ) -> Tensor:
     """Add the gradient of weight·R to the gradients of P and Q, and return weight·R.
 
@@ -76,17 +81,18 @@ def add_regularizer(
         pairs: P (out, r) and Q (r, in) of each module, at least one, with gradients.
         weight: gamma.
         scale: what the gradients are multiplied with (a loss scaler's factor).
+        access: how values and gradients are reached.
     """
     total = torch.zeros((), device=pairs[0][0].device)
     step = weight * scale / len(pairs)  # d||PᵀP − I|| = 2P(PᵀP − I)/||PᵀP − I||, and there are two of them a pair
     for p, q in pairs:
-        wide_p, wide_q = p.float(), q.float()
-        identity = torch.eye(q.shape[0], device=q.device)
+        wide_p, wide_q = access.values(p).float(), access.values(q).float()
+        identity = torch.eye(wide_q.shape[0], device=wide_q.device)
         of_p, of_q = wide_p.T @ wide_p - identity, wide_q @ wide_q.T - identity
         norm_p, norm_q = of_p.norm(), of_q.norm()
         total += norm_p + norm_q
-        p.grad.add_((wide_p @ of_p / norm_p.clamp_min(_SMALLEST_NORM)).to(p.grad.dtype), alpha=step)
-        q.grad.add_((of_q @ wide_q / norm_q.clamp_min(_SMALLEST_NORM)).to(q.grad.dtype), alpha=step)
+        access.add_to_gradient(p, step * (wide_p @ of_p / norm_p.clamp_min(_SMALLEST_NORM)))
+        access.add_to_gradient(q, step * (of_q @ wide_q / norm_q.clamp_min(_SMALLEST_NORM)))
     return weight * total / (2 * len(pairs))
 
 

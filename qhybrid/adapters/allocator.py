@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qhybrid.adapters.access import DIRECT, Access
 from qhybrid.adapters.schedule import BudgetSchedule
 
 
@@ -32,10 +33,17 @@ class RankAllocator:
     """
 
     def __init__(
-        self, band: str, modules: Mapping[str, Triplets], schedule: BudgetSchedule, beta1: float, beta2: float
+        self,
+        band: str,
+        modules: Mapping[str, Triplets],
+        schedule: BudgetSchedule,
+        beta1: float,
+        beta2: float,
+        access: Access = DIRECT,
     ) -> None:
         self.band = band
         self.schedule = schedule
+        self.access = access
         self.num_allocations = 0
         self._modules = dict(modules)
         self._beta1, self._beta2 = beta1, beta2
@@ -64,16 +72,19 @@ class RankAllocator:
             for factor, parameter in _factors(triplets):
                 key = f"{name}.{factor}"
                 importance, uncertainty = self._importance[key], self._uncertainty[key]
-                if parameter.grad is None:
+                gradient = self.access.gradient(parameter)
+                if gradient is None:
                     sensitivity = torch.zeros_like(importance)
                 else:
-                    sensitivity = (parameter.float() * parameter.grad.float()).abs_().div_(gradient_scale)
+                    values = self.access.values(parameter).float()
+                    sensitivity = (values * gradient.float()).abs_().div_(gradient_scale)
                 importance.lerp_(sensitivity, 1 - self._beta1)
                 uncertainty.lerp_(sensitivity.sub_(importance).abs_(), 1 - self._beta2)
 
     def _gradients_are_finite(self) -> bool:
         parameters = [p for triplets in self._modules.values() for _, p in _factors(triplets)]
-        return all(bool(torch.isfinite(p.grad).all()) for p in parameters if p.grad is not None)
+        gradients = [self.access.gradient(parameter) for parameter in parameters]
+        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
 
     def scores(self) -> dict[str, Tensor]:
         """S (r,) of every module: s(λ_i) + mean s(P_·i) + mean s(Q_i·), with s = importance · uncertainty."""
@@ -104,7 +115,8 @@ class RankAllocator:
             self.num_allocations += 1
         if due or step > self.schedule.last_allocation:
             for name, triplets in self._modules.items():
-                triplets.lam.masked_fill_(~self._masks[name], 0)
+                kept = self.access.values(triplets.lam).masked_fill(~self._masks[name], 0)
+                self.access.assign(triplets.lam, kept)
         return due
 
     def live_ranks(self) -> dict[str, int]:

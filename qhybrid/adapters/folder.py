@@ -19,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from qhybrid.adapters.access import DIRECT, Access
 from qhybrid.adapters.attach import ADAPTER, adapted_modules
 from qhybrid.adapters.convert import PlainModule, plain_peft_config, plain_peft_state, to_plain
 from qhybrid.adapters.dora import refresh_norms
 from qhybrid.architecture.layout import Layout, first_fault
 from qhybrid.errors import AdapterError
 from qhybrid.recipe.schema import AttnImplementation, Dtype, Method
+from qhybrid.redaction import redacted_values
 
 WEIGHTS, LAYOUT, INFO = "adapter.safetensors", "layout.json", "adapter.json"
 FORMAT_VERSION = 1
@@ -79,8 +81,11 @@ def _save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     file.chmod(mode)
 
 
-def load_weights(model: PeftModel, layout: Layout, folder: Path) -> None:
+def load_weights(model: PeftModel, layout: Layout, folder: Path, access: Access = DIRECT) -> None:
     """Copy the tensors of `folder` into a model that carries the same layout. All or nothing.
+
+    Args:
+        access: how the model's parameters are reached.
 
     Raises:
         AdapterError: a file that is missing or damaged, or tensors that are not exactly the layout's.
@@ -99,19 +104,19 @@ def load_weights(model: PeftModel, layout: Layout, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"cannot be read: {error}", where=str(file)) from None
     for name, value in values.items():
-        if value.shape != own[name].shape:
-            raise AdapterError(
-                f"{name} is {tuple(value.shape)}, the layout says {tuple(own[name].shape)}", where=str(file)
-            )
+        wanted = getattr(own[name], "ds_shape", own[name].shape)  # of a parameter that DeepSpeed has in shards
+        if value.shape != wanted:
+            raise AdapterError(f"{name} is {tuple(value.shape)}, the layout says {tuple(wanted)}", where=str(file))
     with torch.no_grad():
         for name, value in values.items():
-            own[name].copy_(value)
+            access.assign(own[name], value)
     refresh_norms(model)
 
 
 def save_adapter(model: PeftModel, layout: Layout, info: AdapterInfo, folder: Path) -> None:
     """Write the whole adapter folder."""
     save_weights(model, layout, folder)
+    info = AdapterInfo(**redacted_values(asdict(info)))
     (folder / INFO).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
     lora, dora = to_plain(model, layout)
     for name, modules in (("lora", lora), ("dora", dora)):

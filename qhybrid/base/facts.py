@@ -12,7 +12,7 @@ from typing import Any
 
 from qhybrid.architecture.catalog import find_model, nearest_names
 from qhybrid.architecture.spec import ModelSpec, read_config, spec_from_config
-from qhybrid.base.locate import find_local
+from qhybrid.base.locate import find_local, hub_name
 from qhybrid.errors import ModelError
 from qhybrid.recipe.schema import ModelSection
 
@@ -74,10 +74,10 @@ def _from_catalog(name: str) -> ModelFacts:
 
 def _hub_cache(model: ModelSection) -> Path | None:
     """The config.json of a hub model that was downloaded before."""
-    repo, _, revision = model.path.partition("@")
+    repo, revision = hub_name(model.path, model.revision)
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     folder = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub") / f"models--{repo.replace('/', '--')}"
-    commit = revision or model.revision or "main"
+    commit = revision or "main"
     with contextlib.suppress(OSError):  # a commit in full, or nothing
         commit = (folder / "refs" / commit).read_text(encoding="utf-8").strip()
     file = folder / "snapshots" / commit / "config.json"

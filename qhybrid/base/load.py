@@ -33,6 +33,7 @@ from qhybrid.base.nf4 import fill_linear4bit
 from qhybrid.base.safetensors_reader import SafetensorsReader
 from qhybrid.errors import ModelError
 from qhybrid.recipe.schema import ModelSection, QuantizationSection
+from qhybrid.redaction import redacted
 
 _NAMES_SHOWN = 4  # tensors listed per fault
 
@@ -117,7 +118,7 @@ def _read_config(folder: Path, model: ModelSection) -> PreTrainedConfig:
         raise ModelError(f"{path} is not a valid {model_type} configuration: {_first_sentence(error)}") from error
     _check_family(config.model_type, path)  # transformers may choose a relative of what the file says
     config.dtype = getattr(torch, model.dtype)
-    config.name_or_path = model.path
+    config.name_or_path = redacted(model.path)  # trackers and save_pretrained write it
     config._attn_implementation = model.attn_implementation
     return config
 
@@ -340,6 +341,11 @@ def _load_stored_nf4(
         )
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{model.path} holds an adapter beside the model", hint="move the adapter elsewhere")
+    if getattr(config, "transformers_weights", None) is not None:
+        raise ModelError(
+            f"{folder / 'config.json'} names its weights itself, as {config.transformers_weights!r}",
+            hint="remove transformers_weights from it: the files are found by their own names",
+        )
     for path in weight_files(folder):
         SafetensorsReader(path).close()  # finds a truncated or malformed file, and names it
     config.quantization_config = {**stored, "bnb_4bit_compute_dtype": model.dtype}
@@ -360,5 +366,5 @@ def _load_stored_nf4(
     faults = [f"{kind.replace('_', ' ')}: {_some(sorted(map(str, keys)))}" for kind, keys in info.items() if keys]
     if faults:
         raise ModelError(f"the weights in {folder} do not fit its config.json: {'; '.join(faults)}")
-    loaded.config.name_or_path = model.path
+    loaded.config.name_or_path = redacted(model.path)
     return loaded.requires_grad_(False)

@@ -23,6 +23,7 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 # What a hub download takes: weights as safetensors, configuration, tokenizer. Nothing that can run.
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
+_TEMPLATES = "additional_chat_templates"  # the one folder inside a model folder that transformers reads
 _HUB_LEFT_OUT = ["*.py", "*.bin", "consolidated*", "original/*", "onnx/*"]  # scripts, and second copies
 
 
@@ -61,6 +62,53 @@ def tokenizer_folder(model: ModelSection) -> Path:
     if model.tokenizer is None:
         return model_folder(model)
     return _as_folder(_locate(model.tokenizer, None, tokenizer_only=True))
+
+
+def hub_name(path: str, revision: str | None) -> tuple[str, str | None]:
+    """A hub id and its revision, which `path` may bring along, as in org/name@revision.
+
+    Raises:
+        ModelError: two revisions that differ, or one that could be no name of a branch, a tag or a commit: caches
+            keep a file of that name, so it must not lead elsewhere.
+    """
+    repo, _, at_revision = path.partition("@")
+    if at_revision and revision and at_revision != revision:
+        raise ModelError(f"model.path asks for revision {at_revision} and model.revision for {revision}")
+    revision = at_revision or revision
+    if revision is not None and (
+        not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)*", revision, re.ASCII)
+        or any(part.startswith(".") for part in revision.split("/"))
+    ):
+        raise ModelError(f"revision {revision!r} is not a branch, a tag or a commit", hint="check model.revision")
+    return repo, revision
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Refuse a folder of a model or an adapter in which a file is a link to another place of this machine.
+
+    What a chat template or a configuration says gets into the result, so a link to a private file would publish
+    it. The Hugging Face cache, whose files are links to `blobs`, is known; the folder itself may be a link.
+
+    Raises:
+        ModelError: with the name of the link.
+    """
+    try:
+        root = folder.resolve()
+        inside = [folder, *([folder / _TEMPLATES] if (folder / _TEMPLATES).is_dir() else [])]
+        links = [item for place in inside for item in place.iterdir() if item.is_symlink()]
+        if (folder / _TEMPLATES).is_symlink():
+            links.append(folder / _TEMPLATES)
+        for link in links:
+            target = link.resolve()
+            of_hub_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+            is_read = not target.is_dir() or link.name == _TEMPLATES
+            if is_read and not of_hub_cache and not target.is_relative_to(root):
+                raise ModelError(
+                    f"{link} is a link that leads out of its folder, to {target}",
+                    hint="put a copy of the file in its place if you trust it, or name the folder that holds it",
+                )
+    except (OSError, RuntimeError) as error:  # a folder that may not be listed, a link to itself
+        raise ModelError(f"{folder} cannot be looked at: {error}") from error
 
 
 def hub_commit(folder: Path) -> str | None:
@@ -160,6 +208,7 @@ def _classify(local: Path, written: str, tokenizer_only: bool) -> ModelFiles:
     """What lies at `local`, which exists; `written` is how the user named it."""
     if local.is_dir():
         if tokenizer_only or (local / "config.json").is_file():
+            refuse_links_out(local)
             return ModelFiles(local, "folder")
         if (local / "adapter_config.json").is_file():
             raise ModelError(f"{written} holds an adapter", hint="model.path names the model it was trained on")
@@ -201,10 +250,7 @@ def _download(path: str, revision: str | None, tokenizer_only: bool) -> Path:
     from huggingface_hub import errors as hub_errors
     from huggingface_hub import snapshot_download
 
-    repo, _, at_revision = path.partition("@")
-    if at_revision and revision and at_revision != revision:
-        raise ModelError(f"model.path asks for revision {at_revision} and model.revision for {revision}")
-    revision = at_revision or revision
+    repo, revision = hub_name(path, revision)
     place = f"{repo} at revision {revision}" if revision else repo
     try:
         folder = snapshot_download(

@@ -11,6 +11,7 @@ import click
 
 from qhybrid import __version__
 from qhybrid.errors import QhybridError
+from qhybrid.redaction import redacted_output, redacted_traceback
 
 # name: (module, one line for the help). Modules are imported only when their command runs.
 _COMMANDS = {
@@ -68,30 +69,39 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit code 0: done; 1: a run failed; 2: the input was wrong; 130: interrupted."""
+    """Entry point. Exit code 0: done; 1: a run failed; 2: the input was wrong; 128 + n: signal n."""
+    with redacted_output():
+        _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> None:
     try:
         cli.main(args=arguments, prog_name="qhybrid", standalone_mode=False)
     except QhybridError as error:
-        print_error(str(error))
+        if not error.told_elsewhere:
+            print_error(str(error))
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        print_error("interrupted")
-        sys.exit(130)
+    except (KeyboardInterrupt, click.Abort) as error:
+        cause = error.__cause__ or error  # click puts its Abort in the place of the signal
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            print_error("interrupted")
+        sys.exit(getattr(cause, "exit_code", 130))
     except BrokenPipeError:
         # The reader went away (`| head`): say nothing, and keep the interpreter from saying it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        print_error("out of memory\nhint: a smaller batch, shorter rows or a smaller model needs less")
-        sys.exit(1)
     except OSError as error:  # a full disk, a folder without permission, a name that is too long
         place = f"{error.filename}: " if error.filename else ""
         print_error(f"{place}{error.strerror or error}")
+        sys.exit(1)
+    except Exception as error:
+        if _is_out_of_memory(error):
+            print_error("out of memory\nhint: a smaller batch, shorter rows or a smaller model needs less")
+        else:  # a fault of ours; not left to Python, which would print what is in it as it is
+            click.echo(redacted_traceback(error), err=True, nl=False)
         sys.exit(1)
 
 

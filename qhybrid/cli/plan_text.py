@@ -99,7 +99,7 @@ def _header(recipe: Recipe, plan: Plan, facts: ModelFacts) -> list[str]:
     return [
         f"model     {plan.model}: {format_count(spec.num_parameters)} parameters, {quantization} ({facts.source})",
         f"trained   {format_count(plan.layout.num_parameters)} parameters in {num_bands} "
-        f"band{'s' if num_bands > 1 else ''}, {recipe.model.resolved_adapter_dtype}, {training.optim}",
+        f"band{'s' if num_bands > 1 else ''}, {recipe.adapter_dtype}, {training.optim}",
         f"step      {batch} x {format_count(row_length(recipe, spec))} tokens"
         + (f", {training.gradient_accumulation_steps} times" if training.gradient_accumulation_steps > 1 else "")
         + f"; {checkpointed} of {spec.num_layers} layers checkpointed",

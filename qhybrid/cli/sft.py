@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import click
@@ -28,21 +29,31 @@ def command(recipe: str, overrides: tuple[str, ...], resume: str | None, dry_run
     training.learning_rate=1e-4, adapters.top.rank=8, output_dir=runs/second
     """
     from qhybrid.recipe.load import load_recipe
+    from qhybrid.training.launch import LAUNCHED
 
     if resume and overwrite:
         raise click.UsageError("--resume goes on with a run and --overwrite replaces it: give one of them")
     loaded = load_recipe(recipe, overrides)
-    for notice in loaded.notices:
-        click.echo(f"note: {notice}")
+    if not os.environ.get(LAUNCHED):  # or the launching process has said it
+        for notice in loaded.notices:
+            click.echo(f"note: {notice}")
 
     from qhybrid.cli.main import quiet_libraries
     from qhybrid.training.preflight import preflight, settle
+    from qhybrid.training.processes import is_launched, place
 
     going_on = resume == "auto"
+    settled = settle(loaded, resume=going_on)
     if dry_run:
-        _dry_run(settle(loaded, resume=going_on))
+        _dry_run(settled)
         return
-    preflight(settle(loaded, resume=going_on), base_folder=loaded.folder, resume=going_on, overwrite=overwrite)
+    if not is_launched():
+        preflight(settled, base_folder=loaded.folder, resume=going_on, overwrite=overwrite)
+        if settled.distributed.processes > 1:
+            from qhybrid.training.launch import launch
+
+            flags = [*(["--resume", "auto"] if going_on else []), *(["--overwrite"] if overwrite else [])]
+            raise SystemExit(launch(["sft", *flags, "--", recipe, *overrides], settled.distributed.processes))
     quiet_libraries()
     from rich.console import Console
     from rich.table import Table
@@ -52,7 +63,7 @@ def command(recipe: str, overrides: tuple[str, ...], resume: str | None, dry_run
 
     console = Console()
     result = run_sft(loaded, resume=going_on, overwrite=overwrite, console=console)
-    if not result.figures:
+    if not result.figures or not place().is_main:
         return
     table = Table(show_header=False, box=None)
     for name, value in summary_rows(result.figures):
@@ -66,9 +77,7 @@ def _dry_run(recipe: Recipe) -> None:
     from qhybrid.base.facts import model_facts
     from qhybrid.cli.main import print_error, quiet_libraries
     from qhybrid.errors import ModelError
-    from qhybrid.training.preflight import check_single
 
-    check_single(recipe)
     try:
         facts = model_facts(recipe.model)
     except ModelError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from qhybrid.data.normalise import normalise_row
 from qhybrid.data.rows import NOT_AN_OBJECT, Row, RowFault
 from qhybrid.errors import DataError
+from qhybrid.recipe.excerpt import excerpt_list
 from qhybrid.recipe.schema import SourceSection
 
 
@@ -132,7 +133,7 @@ def _wrong_format(source: SourceSection, present: Sequence[str]) -> DataError:
 
 
 def _listed(present: Sequence[str]) -> str:
-    return f"Columns: {', '.join(present) or 'none'}"
+    return f"Columns: {excerpt_list(present, most=30) or 'none'}"
 
 
 def _known_formats() -> str:

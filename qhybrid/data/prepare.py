@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -43,6 +43,12 @@ class PreparedData:
     eval: Dataset | None
     audit: Audit
     chat_template: str | None
+    origins: tuple[tuple[str, int], ...]  # the source and the row's number in it, of every row of `train`
+
+    def origin(self, index: int) -> str:
+        """Where row `index` of `train` comes from, as "train.jsonl 17"."""
+        source, number = self.origins[index]
+        return f"{source.rpartition('/')[2]} {number}"
 
     @property
     def longest(self) -> int:
@@ -108,6 +114,7 @@ def prepare_data(
         eval=_dataset(eval_rows) if eval_rows else None,
         audit=audit,
         chat_template=template,
+        origins=tuple((row.source, row.number) for row in train_rows),
     )
 
 
@@ -167,7 +174,7 @@ def _prepare_source(
             digest = hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
             audit.duplicates += digest in seen
             seen.add(digest)
-            kept.append(result)
+            kept.append(replace(result, number=number, source=section.path))
     audit.check(max_dropped_fraction)
     return _Source(section, audit, kept)
 

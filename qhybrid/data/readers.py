@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from qhybrid.data.rows import INVALID_UTF8, RawRow
+from qhybrid.data.rows import INVALID_UTF8, UNREADABLE, RawRow
 from qhybrid.data.text_readers import first_line, read_csv, read_json, read_jsonl
 from qhybrid.errors import DataError
 from qhybrid.recipe.schema import DataSection, SourceSection
@@ -115,6 +115,8 @@ def _open_file(source: SourceSection, path: Path | None, base_folder: Path) -> R
         inside = [name for name in _file_names(path) if _reader_for(name)][:5]
         listed = f"; it holds {', '.join(inside)}" if inside else ""
         raise DataError("this is a folder, not a file", where=where, hint=f"name one file in it{listed}")
+    if not path.is_file():  # a pipe is read twice here, and may never end
+        raise DataError("this is a pipe or a device, not a file", where=where, hint="write its content to a file")
     if source.subset is not None or source.split != "train":
         raise DataError(
             "split and subset have no effect on a file",
@@ -173,20 +175,27 @@ def _with_clear_errors(rows: Iterator[RawRow], where: str) -> Iterator[RawRow]:
 def _read_parquet(path: Path, where: str) -> Iterator[RawRow]:
     number = 0
     with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"two columns are called {twice!r}", where=where, hint="give each column its own name")
         # Dates are never trained on, and those in nanoseconds cannot always be turned into Python's.
         columns = [column.name for column in file.schema_arrow if not pyarrow.types.is_temporal(column.type)]
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             for row in _batch_rows(batch):
                 number += 1
-                yield RawRow(number, fault=INVALID_UTF8) if row is None else RawRow(number, row)
+                yield RawRow(number, fault=row) if isinstance(row, str) else RawRow(number, row)
 
 
-def _batch_rows(batch: pyarrow.RecordBatch) -> list[dict | None]:
+def _batch_rows(batch: pyarrow.RecordBatch) -> list[dict | str]:
+    """The rows, with the fault in the place of one that cannot be read."""
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:  # text columns are not checked when written; find the rows that are wrong
+    # Text columns are not checked when written, and a date inside a message may be in the year 36000: find the
+    # rows that are wrong.
+    except (UnicodeDecodeError, OverflowError) as error:
         if len(batch) == 1:
-            return [None]
+            return [INVALID_UTF8 if isinstance(error, UnicodeDecodeError) else UNREADABLE]
         return [row for index in range(len(batch)) for row in _batch_rows(batch.slice(index, 1))]
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 INVALID_JSON = "invalid JSON"
 INVALID_UTF8 = "not valid UTF-8"
 INVALID_CSV = "invalid CSV"
+INVALID_CSV_LINES = "invalid CSV over several lines, and what else is in them is lost"
+UNREADABLE = "a value that Python cannot hold"
 TOO_MANY_CELLS = "more cells than the header has columns"
 NOT_AN_OBJECT = "not an object"
 MALFORMED_MESSAGE = "malformed message (role or content is missing)"

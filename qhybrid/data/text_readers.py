@@ -13,6 +13,7 @@ from typing import BinaryIO, cast
 from qhybrid.data.rows import (
     BOM_REMOVED,
     INVALID_CSV,
+    INVALID_CSV_LINES,
     INVALID_JSON,
     INVALID_UTF8,
     NUL_REMOVED,
@@ -130,6 +131,7 @@ def read_csv(path: Path, where: str) -> Iterator[RawRow]:
         number = 0
         while True:
             number += 1
+            lines_before = rows.line_num
             try:
                 cells = next(rows, None)
             except csv.Error as error:
@@ -139,7 +141,10 @@ def read_csv(path: Path, where: str) -> Iterator[RawRow]:
                         where=f"{where}:{rows.line_num}",
                         hint='close the quote; a quote inside a quoted cell is written twice: ""',
                     ) from None
-                yield RawRow(number, fault=INVALID_CSV)
+                # An open quote swallows the rows up to the next one. Read alone, their lines might be pieces of a
+                # cell that look like rows.
+                swallows = rows.line_num > lines_before + 1
+                yield RawRow(number, fault=INVALID_CSV_LINES if swallows else INVALID_CSV)
                 continue
             if cells is None or header is None:
                 return

@@ -25,6 +25,8 @@ class EncodedRow:
     input_ids: np.ndarray
     labels: np.ndarray
     num_cut_tokens: int = 0
+    number: int = 0  # of the row in its file
+    source: str = ""
 
 
 def has_trained_token(labels: Sequence[int] | np.ndarray) -> bool:

@@ -115,8 +115,8 @@ class ChatRenderer:
         return None if place < 0 or not words or not closing.strip() else (start, place + len(words + closing))
 
     def _turn_start(self, messages: Sequence[tuple[str, str]], index: int, text: str) -> int | None:
-        if index == 0:  # nothing before it that could be rendered
-            return text.find(_visible(messages[0][1]))
+        if index == 0:
+            return self._first_turn_start(messages[0], text)
         asked = self._text(messages[:index], ask=True)
         if text.startswith(asked):
             return len(asked)
@@ -125,6 +125,15 @@ class ChatRenderer:
         if not text.startswith(before):
             return None
         return self._before_control_token(text, common_prefix_length(asked, text))
+
+    def _first_turn_start(self, message: tuple[str, str], text: str) -> int:
+        """Nothing before it can be rendered, so its header is what two other turns in its place share.
+
+        The first place of its words may be inside the header: "a" is in "assistant".
+        """
+        left, right = (self._text([(message[0], words)]) for words in ("0", "1"))
+        header = left[: common_prefix_length(left, right)]
+        return len(header) if text.startswith(header) else text.find(_visible(message[1]))
 
     def _before_control_token(self, text: str, place: int) -> int:
         """`place`, or the start of the control token that it is inside of: "<|" is shared by most of them."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qhybrid.adapters.attach import attach
-from qhybrid.adapters.folder import AdapterInfo, load_weights, read_adapter
+from qhybrid.adapters.folder import INFO, AdapterInfo, load_weights, read_adapter
+from qhybrid.architecture.layout import first_fault
 from qhybrid.base.load import keep_exact_on_cpu, load_base
+from qhybrid.base.locate import refuse_links_out
 from qhybrid.base.tokenizer import load_tokenizer
+from qhybrid.errors import AdapterError
 from qhybrid.recipe.schema import ModelSection, QuantizationSection
 
 
@@ -35,18 +39,26 @@ def load_adapter_for_inference(
 
     Raises:
         AdapterError: not an adapter, or its tensors do not fit its layout.
-        ModelError: the base model cannot be loaded, or lacks modules of the layout.
+        ModelError: the base model cannot be loaded, or lacks modules of the layout; or a file of the adapter is a
+            link to another place.
     """
+    if folder.is_dir():
+        refuse_links_out(folder)
     layout, info = read_adapter(folder)
-    section = ModelSection.model_validate(
-        {
-            "path": base or info.base_model,
-            "revision": None if base else info.base_revision,
-            "dtype": info.dtype,
-            "adapter_dtype": info.adapter_dtype,
-            "attn_implementation": attn_implementation or info.attn_implementation,
-        }
-    )
+    try:
+        section = ModelSection.model_validate(
+            {
+                "path": base or info.base_model,
+                "revision": None if base else info.base_revision,
+                "dtype": info.dtype,
+                "adapter_dtype": info.adapter_dtype,
+                "attn_implementation": attn_implementation or info.attn_implementation,
+            }
+        )
+    except ValidationError as error:  # a name with a null byte, say
+        raise AdapterError(
+            f"its base model cannot be used: {first_fault(error)}", where=str(folder / INFO)
+        ) from None
     quantization = QuantizationSection.model_validate(
         {"method": info.quantization, "double_quant": info.double_quant}
     )

@@ -194,7 +194,7 @@ def _quantize_twice(recipe: Recipe, spec: ModelSpec, plan: Planner):
 
 
 def _narrow_adapters(recipe: Recipe, spec: ModelSpec, plan: Planner):
-    if recipe.model.resolved_adapter_dtype != "float32" or recipe.model.dtype != "bfloat16":
+    if recipe.adapter_dtype != "float32" or recipe.model.dtype != "bfloat16" or recipe.distributed.zero_stage:
         return None
     model = recipe.model.model_copy(update={"adapter_dtype": "bfloat16"})
     return recipe.model_copy(update={"model": model}), "small updates are rounded away sooner"

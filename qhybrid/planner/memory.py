@@ -26,7 +26,7 @@ from qhybrid.planner.workload import (
     how_it_runs,
     loss_of,
 )
-from qhybrid.planner.zero import ZeroCost, ZeroSetup, frozen_tensors, zero_cost
+from qhybrid.planner.zero import SHARDED_OPTIMIZERS, ZeroCost, ZeroSetup, frozen_tensors, zero_cost
 from qhybrid.recipe.schema import Recipe
 
 
@@ -65,9 +65,6 @@ def predict(
     """
     rounding = 512 if device == "cuda" else 1
     how = how_it_runs(recipe, spec, device, longest=longest, padded=padded)
-    if recipe.distributed.zero_stage and how.width < WIDTHS["float32"]:
-        # DeepSpeed makes all that is trained 16-bit, and accelerate starts no autocast around it.
-        how = replace(how, autocast=False, adapter_width=how.width)
     bands = adapter_bytes(layout, how.adapter_width, rounding)
     shared = None if recipe.distributed.is_single else _shared(recipe, spec, layout, how, rounding)
     optimizer = rule_of(recipe.training.optim)
@@ -120,8 +117,6 @@ def predict(
     moment = max(totals, key=lambda name: totals[name])
     components = {**static, **moments[moment]}
     notes = () if shared is None else shared.notes
-    if recipe.distributed.zero_stage:
-        notes = (*notes, _SIZES_NOTE)
     return Prediction(
         peak=resting + totals[moment],
         moment=moment,
@@ -134,7 +129,29 @@ def predict(
     )
 
 
-_SIZES_NOTE = "DeepSpeed's bucket sizes are those that transformers gives for auto, which follow the hidden size"
+def zero_setup(recipe: Recipe, spec: ModelSpec, layout: Layout) -> ZeroSetup:
+    """How the recipe's processes share the work: what is planned with, and what DeepSpeed is told.
+
+    Raises:
+        RecipeError: an optimizer that cannot be sharded.
+    """
+    asked = recipe.distributed
+    if asked.zero_stage == 0:
+        return ZeroSetup(stage=0, processes=asked.processes)
+    if recipe.training.optim not in SHARDED_OPTIMIZERS:
+        raise RecipeError(
+            f"training.optim {recipe.training.optim} does not work with ZeRO: it is given one flat tensor of many "
+            "parameters",
+            hint=f"use {', '.join(SHARDED_OPTIMIZERS)}; or set distributed.zero_stage to 0",
+        )
+    setup = ZeroSetup.derived(
+        asked.zero_stage,
+        asked.processes,
+        asked.offload,
+        trained=[size for row in layout for size, _ in parameters_of(row, WIDTHS["float32"])],
+        hidden_size=spec.hidden_size,
+    )
+    return replace(setup, **asked.sizes)
 
 
 def _shared(recipe: Recipe, spec: ModelSpec, layout: Layout, how: Pass, rounding: int) -> ZeroCost:
@@ -147,10 +164,7 @@ def _shared(recipe: Recipe, spec: ModelSpec, layout: Layout, how: Pass, rounding
             f"ZeRO {stage} has too little for each to share",
             hint="use fewer processes, or distributed.zero_stage: 0",
         )
-    if stage == 0:
-        setup = ZeroSetup(stage=0, processes=processes)
-    else:
-        setup = replace(ZeroSetup.auto(stage, processes, spec.hidden_size), offload=asked.offload)
+    setup = zero_setup(recipe, spec, layout)
     base, plain = base_weights(spec, nf4=how.nf4, nested=how.nested, width=how.width, rounding=rounding)
     return zero_cost(
         setup,
@@ -159,7 +173,7 @@ def _shared(recipe: Recipe, spec: ModelSpec, layout: Layout, how: Pass, rounding
         base_weights=base,
         unquantised=plain,
         optim=training.optim,
-        half=how.width < WIDTHS["float32"] and training.bf16 is not False,
+        half=False,  # adapters train in fp32, and DeepSpeed casts nothing
         kept_layers=spec.num_layers - len(checkpointed_layers(recipe, spec.num_layers)),
         accumulates=training.gradient_accumulation_steps > 1,
         rounding=rounding,

@@ -107,7 +107,7 @@ def how_it_runs(
         batch=batch,
         length=length,
         width=width,
-        adapter_width=WIDTHS[model.resolved_adapter_dtype],
+        adapter_width=WIDTHS[recipe.adapter_dtype],
         autocast=width < WIDTHS["float32"] and training.bf16 is not False,
         nf4=recipe.quantization.method == "nf4",
         nested=recipe.quantization.double_quant,

@@ -15,9 +15,12 @@ from qhybrid.errors import RecipeError
 from qhybrid.planner.optimizers import rule_of, state_bytes
 from qhybrid.planner.tape import FP32
 
-# accelerate puts DeepSpeedCPUAdam in the place of any optimizer whose states are offloaded, and all but these lose
-# decoupled weight decay by it, or fail (utils/deepspeed.py, map_pytorch_optim_to_deepspeed; seen).
-_OFFLOADED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
+# DeepSpeed hands the optimizer one flat tensor for all parameters of a group, cut where the shards end. These work
+# value by value, so it makes no difference, and their states can be saved whole. Blocks of 8-bit states, factored
+# moments and per-tensor norms would cross the borders of parameters; paged and averaging optimizers have hooks
+# that DeepSpeed does not call.
+SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+_LARGEST_BUCKET = 2**24  # values: 64 MiB in fp32, which the buffers take whatever is trained
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,31 @@ class ZeroSetup:
             )
 
     @classmethod
-    def auto(cls, stage: Literal[1, 2, 3], processes: int, hidden_size: int) -> ZeroSetup:
-        """The sizes that transformers writes for "auto" (integrations/deepspeed.py, trainer_config_finalize)."""
+    def derived(
+        cls,
+        stage: Literal[1, 2, 3],
+        processes: int,
+        offload: Literal["none", "optimizer", "all"],
+        *,
+        trained: Sequence[int],
+        hidden_size: int,
+    ) -> ZeroSetup:
+        """The sizes that qhybrid trains with.
+
+        Buckets for what is trained, not for the model. In stage 3 the trained tensors stay whole: the adapters'
+        mathematics reads them outside of their modules' forward pass, and they are small. The prefetch bucket is
+        what transformers writes for "auto" (integrations/deepspeed.py, trainer_config_finalize).
+
+        Args:
+            trained: the number of values of each trained tensor.
+        """
         return cls(
             stage,
             processes,
-            reduce_bucket_size=hidden_size**2,
+            offload,
+            reduce_bucket_size=max(max(trained), min(sum(trained), _LARGEST_BUCKET)),
             prefetch_bucket_size=int(0.9 * hidden_size**2),
-            param_persistence_threshold=10 * hidden_size,
+            param_persistence_threshold=max(10 * hidden_size, *trained),
         )
 
 
@@ -168,7 +188,7 @@ def zero_cost(
             resting_buckets=bucket,
             unified=sum(there for _, there in both),
         )
-    _check(setup, tensors, optim, half)
+    _check(setup, tensors, half)
     processes, third = setup.processes, setup.stage == 3
     offloaded, everything = setup.offload != "none", setup.offload == "all"
     # All trained tensors become 16-bit, DoRA's magnitudes too (engine.py, _cast_module_mixed_precision; seen).
@@ -203,7 +223,7 @@ def zero_cost(
     pinned = host = 0
     if offloaded:
         pinned = own * FP32 + (own * width if third else 0)  # gradients in fp32, and stage 3's flat ones
-        host = 2 * own * FP32  # DeepSpeedCPUAdam's states
+        host = state_bytes(flat, own, FP32, 1, on_cuda=False)[0]
         if third:
             host += master
         else:  # the weights, their 16-bit image, and the gradients that wait for the last micro-batch
@@ -244,7 +264,7 @@ def zero_cost(
     )
 
 
-def _check(setup: ZeroSetup, tensors: Sequence[tuple[int, int]], optim: str, half: bool) -> None:
+def _check(setup: ZeroSetup, tensors: Sequence[tuple[int, int]], half: bool) -> None:
     if setup.processes > len(tensors):
         raise RecipeError(
             f"{setup.processes} processes have {len(tensors)} trained tensors to share in ZeRO {setup.stage}",
@@ -255,11 +275,6 @@ def _check(setup: ZeroSetup, tensors: Sequence[tuple[int, int]], optim: str, hal
         raise RecipeError(
             "ZeRO does not train 16-bit adapters without 16-bit training",
             hint="set training.bf16 to true, or model.adapter_dtype to float32",
-        )
-    if setup.offload != "none" and optim not in _OFFLOADED_OPTIMIZERS:
-        raise RecipeError(
-            f"training.optim {optim} is not offloaded: accelerate would put DeepSpeed's CPU Adam in its place",
-            hint=f"use {' or '.join(_OFFLOADED_OPTIMIZERS)}, or set distributed.offload to none",
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qhybrid.errors import RecipeError
+from qhybrid.recipe.excerpt import excerpt
 from qhybrid.recipe.training_fields import TrainingSection
 from qhybrid.recipe.yaml_source import Path, Source
 
@@ -63,19 +64,19 @@ def _kind_if(kind: str) -> Callable[[Any], Settings]:
 def _adapter(value: Any) -> Settings:
     if value in ("lora", "qlora"):
         return [(("quantization", "method"), "nf4" if value == "qlora" else "none")]
-    raise RecipeError(f"adapter {value!r} is not a kind of qhybrid", hint="use the list adapters")
+    raise RecipeError(f"adapter {excerpt(value)} is not a kind of qhybrid", hint="use the list adapters")
 
 
 def _bits(value: Any) -> Settings:
     if value == 4:
         return [(("quantization", "method"), "nf4")]
-    raise RecipeError(f"{value} bits are not supported", hint="quantization.method is nf4 or none")
+    raise RecipeError(f"{excerpt(value)} bits are not supported", hint="quantization.method is nf4 or none")
 
 
 def _must_be(name: str, *allowed: Any) -> Callable[[Any], Settings]:
     def check(value: Any) -> Settings:
         if value not in allowed:
-            raise RecipeError(f"{name}: {value!r} is not what qhybrid does", hint=f"remove {name}")
+            raise RecipeError(f"{name}: {excerpt(value)} is not what qhybrid does", hint=f"remove {name}")
         return []
 
     return check
@@ -83,7 +84,7 @@ def _must_be(name: str, *allowed: Any) -> Callable[[Any], Settings]:
 
 def _template(value: Any) -> Settings:
     raise RecipeError(
-        f"template {value!r}: qhybrid uses the chat template that comes with the tokenizer",
+        f"template {excerpt(value)}: qhybrid uses the chat template that comes with the tokenizer",
         hint="remove template; for a base model without one set data.chat_template: chatml (or alpaca)",
     )
 
@@ -331,8 +332,9 @@ def rename_inside(values: dict, origins: dict, notices: list, source: Source) ->
             renamed = []
             for index, item in enumerate(data[key]):
                 item = _rename(item, IN_SOURCE, ("data", key, index), origins, notices, source)
-                if isinstance(item, dict) and item.get("format") in FORMATS:
-                    item["format"] = FORMATS[item["format"]]
+                form = item.get("format") if isinstance(item, dict) else None
+                if isinstance(form, str) and form in FORMATS:
+                    item["format"] = FORMATS[form]
                 renamed.append(item)
             data[key] = renamed
 

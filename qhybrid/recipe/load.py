@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +23,26 @@ from qhybrid.recipe.aliases import (
     settings_of,
     translate,
 )
+from qhybrid.recipe.excerpt import excerpt, excerpt_key, excerpt_list
 from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.shipped import find_shipped, shipped_names
-from qhybrid.recipe.training_fields import OWNED_ELSEWHERE
-from qhybrid.recipe.yaml_source import MAX_BYTES, Source, dump_yaml, parse_value, parse_yaml
+from qhybrid.recipe.training_fields import OWNED_ELSEWHERE, TrainingSection
+from qhybrid.recipe.yaml_source import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    Source,
+    dump_yaml,
+    parse_scalar,
+    parse_value,
+    parse_yaml,
+    too_large,
+)
 from qhybrid.recipe.yaml_source import Path as KeyPath
+from qhybrid.redaction import redacted_values
 
 OVERRIDE = "command line"
+_MAX_PROBLEMS = 20  # told at once
+_LONGEST_NAME = 100  # of a key that a similar one is looked for
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,13 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         RecipeError: no such file, not a recipe, or an override that names nothing.
     """
     path = _find(name)
-    raw = path.read_bytes()[: MAX_BYTES + 1]
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"the file cannot be read: {error.strerror or error}", where=name) from None
+    if len(raw) > MAX_BYTES:
+        raise too_large(name)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -88,12 +108,15 @@ def resolve(recipe: Recipe) -> Recipe:
         else:
             filled["init"] = band.init or "kaiming"
         bands.append(band.model_copy(update=filled))
-    model = recipe.model.model_copy(update={"adapter_dtype": recipe.model.resolved_adapter_dtype})
+    model = recipe.model.model_copy(update={"adapter_dtype": recipe.adapter_dtype})
     return recipe.model_copy(update={"model": model, "adapters": tuple(bands)})
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with every default written out; `parse_recipe` reads it back to an equal recipe."""
+    """The recipe as YAML with every default written out; `parse_recipe` reads it back to an equal recipe.
+
+    But for what is redacted: secrets are gone, and paths below the home directory begin with "~".
+    """
     values = recipe.model_dump(mode="json")
     training = type(recipe.training)
     # What another section owns is always at its default here, and refused when given.
@@ -102,38 +125,45 @@ def dump_recipe(recipe: Recipe) -> str:
         for key, value in values["training"].items()
         if value != training.model_fields[key].default or key not in OWNED_ELSEWHERE
     }
-    return dump_yaml(values)
+    return dump_yaml(redacted_values(values))  # before YAML folds a path with spaces into two lines
 
 
 def _find(name: str) -> Path:
-    path = Path(name)
-    if path.is_dir():
+    # os.path says no where Path raises: a name too long, a folder without permission
+    if os.path.isfile(name):
+        return Path(name)
+    if os.path.isdir(name):
         raise RecipeError(f"{name} is a folder, not a recipe file")
-    if path.is_file():
-        return path
+    if os.path.exists(name):
+        raise RecipeError(f"{name} is a pipe or a device, not a recipe file")  # which may never end
     shipped = find_shipped(name)
     if shipped is not None:
         return shipped
-    folder = path.parent
-    nearby = [str(file) for file in sorted(folder.glob("*.y*ml"))] if folder.is_dir() else []
+    folder = Path(name).parent
+    nearby = [str(file) for file in sorted(folder.glob("*.y*ml"))] if os.path.isdir(folder) else []
     nearest = difflib.get_close_matches(name, [*nearby, *shipped_names()], n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "qhybrid recipes list shows the shipped ones"
-    raise RecipeError(f"there is no file {name!r}, and no recipe of that name comes with qhybrid", hint=hint)
+    raise RecipeError(
+        f"there is no file {excerpt(name)}, and no recipe of that name comes with qhybrid", hint=hint
+    )
 
 
 def _apply_override(values: dict[str, Any], override: str, notices: list[str]) -> list[KeyPath]:
     """Set what `override` says in the translated `values`. Returns the paths that were set."""
+    if len(override) > MAX_BYTES:
+        raise too_large(OVERRIDE)
     key, separator, text = override.partition("=")
     key = key.strip()
-    if not separator or not key:
+    parts = key.split(".")
+    if not separator or not all(parts) or len(parts) > MAX_DEPTH or not key.isprintable():
         raise RecipeError(
-            f"{override!r} is not an override",
+            f"{excerpt(override)} is not an override",
             where=OVERRIDE,
             hint="write for example training.max_steps=100",
         )
     value = parse_value(text, OVERRIDE)
     try:
-        foreign = None if key.partition(".")[0] in SECTIONS else settings_of(key, value)
+        foreign = None if parts[0] in SECTIONS else settings_of(key, value)
     except RecipeError as error:
         raise RecipeError(error.message, hint=error.hint, where=OVERRIDE) from None
     model = values.get("model")
@@ -142,7 +172,7 @@ def _apply_override(values: dict[str, Any], override: str, notices: list[str]) -
     if foreign == []:
         notices.append(f"{OVERRIDE}: {key} has no effect")
     if foreign is None:
-        return [_set(values, key.split("."), value, override)]
+        return [_set(values, parts, value, override)]
     paths: list[KeyPath] = []
     for target, converted in foreign:
         notices.append(f"{OVERRIDE}: {key} is read as {'.'.join(target)}")
@@ -188,14 +218,15 @@ def _set(values: dict[str, Any], parts: list[str], value: Any, override: str) ->
                 at = at[part]
         else:
             raise RecipeError(
-                f"{override!r}: {'.'.join(map(str, path))} is a single value and has no {given!r}",
+                f"{excerpt(override)}: {'.'.join(map(str, path))} is a single value and has no {excerpt(given)}",
                 where=OVERRIDE,
             )
     return tuple(path)
 
 
 def _list_index(items: list, part: str, override: str) -> int:
-    if part.isdigit() and int(part) < len(items):
+    # isdecimal() alone takes digits of any script, and int() refuses very many of them.
+    if part.isascii() and part.isdecimal() and len(part) < 10 and int(part) < len(items):
         return int(part)
     names = [
         str(item.get("band", item.get("name", item.get("layers")))) if isinstance(item, dict) else str(item)
@@ -207,9 +238,11 @@ def _list_index(items: list, part: str, override: str) -> int:
     if part in names:
         return names.index(part)
     raise RecipeError(
-        f"{override!r}: there is no {part!r} in the list",
+        f"{excerpt(override)}: there is no {excerpt(part)} in the list",
         where=OVERRIDE,
-        hint=f"use a number from 0 to {len(items) - 1}, or one of: {', '.join(names)}",
+        hint=f"use a number from 0 to {len(items) - 1}, or one of: {excerpt_list(names)}"
+        if items
+        else "the list is empty",
     )
 
 
@@ -220,7 +253,10 @@ def _as_recipe_error(
     problems = error.errors(include_url=False)
     found: list[tuple[str, str | None]] = []
     seen: set[KeyPath] = set()
-    for problem in problems:
+    for number, problem in enumerate(problems):
+        if len(found) == _MAX_PROBLEMS:
+            found.append((f"and {len(problems) - number:,} more problems", None))
+            break
         path = _without_tags(problem["loc"])
         if path in seen:
             continue  # what another member of a union would have taken
@@ -230,9 +266,13 @@ def _as_recipe_error(
         ):
             continue  # a list looks empty when its items were refused
         message, hint = _describe(dict(problem), path)
-        from_override = any(path[: len(start)] == start for start in overridden)
-        where = OVERRIDE if from_override else source.where(origins.get(path, path))
-        name = ".".join(map(str, path))
+        origin = origins.get(path, path)
+        from_override = any(
+            path[: len(start)] == start or (origin not in source.lines and start[: len(path)] == path)
+            for start in overridden
+        )
+        where = OVERRIDE if from_override else source.where(origin)
+        name = ".".join(map(excerpt_key, path))
         found.append((f"{where}: {name + ': ' if name else ''}{message}", hint))
     if len(found) == 1:
         return RecipeError(found[0][0], hint=found[0][1])
@@ -273,6 +313,11 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 def _describe(problem: dict[str, Any], path: KeyPath) -> tuple[str, str | None]:
     """One problem in words, and a hint."""
     kind, given, context = problem["type"], problem.get("input"), problem.get("ctx") or {}
+    if path and path[-1] == "trust_remote_code":  # in whichever section it is looked for
+        return (
+            f"cannot be set here: {OWNED_ELSEWHERE['trust_remote_code']}",
+            "leave it out; models of the families that transformers knows need no code of their own",
+        )
     if kind == "extra_forbidden":
         return _unknown_key(path)
     if kind == "missing":
@@ -281,23 +326,23 @@ def _describe(problem: dict[str, Any], path: KeyPath) -> tuple[str, str | None]:
         model = _model_at(path[:-1])
         field = model.model_fields.get(str(path[-1])) if model else None
         choices = list(dict.fromkeys(str(choice) for choice in _choices(field.annotation))) if field else []
-        nearest = difflib.get_close_matches(str(given), choices, n=1, cutoff=0.6)
+        nearest = _nearest(given, choices, cutoff=0.6) if isinstance(given, str) else None
         shown = ", ".join(choices) if len(choices) <= 16 else ", ".join(choices[:16]) + ", …"
-        return (
-            f"{given!r} is not one of: {shown}",
-            f"did you mean {nearest[0]!r}?" if nearest else None,
-        )
+        return f"{excerpt(given)} is not one of: {shown}", f"did you mean {nearest!r}?" if nearest else None
     if kind == "value_error":
         return str(context.get("error", problem["msg"])), None
     if kind == "model_type":
-        return f"must be a mapping of keys, not {given!r}", f"indent its keys below {path[-1]}:" if path else None
+        return (
+            f"must be a mapping of keys, not {excerpt(given)}",
+            f"indent its keys below {path[-1]}:" if path else None,
+        )
     message = problem["msg"].removeprefix("Input ").replace("Value error, ", "")
     message = message.replace("tuple", "list").replace("Tuple", "the list").replace("dictionary", "mapping")
     if isinstance(given, (str, int, float)):
-        message += f", not {given!r}"
+        message += f", not {excerpt(given)}"
     hint = None
     if isinstance(given, str) and kind in ("float_type", "int_type", "bool_type"):
-        hint = "remove the quotes" if isinstance(parse_value(given, ""), (int, float)) else None
+        hint = "remove the quotes" if isinstance(parse_scalar(given), (int, float)) else None
         if kind == "bool_type" and given.lower() in ("yes", "no", "on", "off", "y", "n"):
             hint = "write true or false"  # YAML 1.2 knows no other words
     return message, hint
@@ -317,19 +362,31 @@ def _unknown_key(path: KeyPath) -> tuple[str, str | None]:
     if meant:
         return message, f"did you mean {meant}?"
     model = _model_at(section) or Recipe
-    names = [name for name in model.model_fields if name not in OWNED_ELSEWHERE or model is Recipe]
-    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
+    names = _offered(model)
+    nearest = _nearest(key, names, cutoff=0.7)
     if nearest:
-        return message, f"did you mean {nearest[0]!r}?"
+        return message, f"did you mean {nearest!r}?"
     for name, field in Recipe.model_fields.items():
         other = _section_in(field.annotation)
         if other is None or other is model:
             continue
-        found = difflib.get_close_matches(key, list(other.model_fields), n=1, cutoff=0.8)
+        found = _nearest(key, _offered(other), cutoff=0.8)
         if found:
             place = f"{name}[]" if name == "adapters" else name
-            return message, f"did you mean {place}.{found[0]}?"
-    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.55)
+            return message, f"did you mean {place}.{found}?"
+    nearest = _nearest(key, names, cutoff=0.55)
     if nearest:
-        return message, f"did you mean {nearest[0]!r}?"
+        return message, f"did you mean {nearest!r}?"
     return message, f"known here: {', '.join(names[:12])}"
+
+
+def _offered(section: type[BaseModel]) -> list[str]:
+    """The keys of a section that can be set there."""
+    hidden = OWNED_ELSEWHERE if section is TrainingSection else {}
+    return [name for name in section.model_fields if name not in hidden]
+
+
+def _nearest(word: str, names: Sequence[str], *, cutoff: float) -> str | None:
+    """The one of `names` that is most like `word`, by difflib. Long words, slow to compare, are like none."""
+    near = difflib.get_close_matches(word, names, n=1, cutoff=cutoff) if len(word) <= _LONGEST_NAME else []
+    return near[0] if near else None

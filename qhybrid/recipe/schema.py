@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from qhybrid.recipe.excerpt import excerpt
 from qhybrid.recipe.training_fields import TrainingSection
 from qhybrid.units import parse_bytes
 
@@ -18,6 +20,10 @@ Method = Literal["nf4", "none"]
 
 # Published ratios for LLaMA-class models are 2 to 4 (LoRA+, arXiv 2402.12354).
 DEFAULT_LORAPLUS_RATIO = 4.0
+
+# Of target_modules; the names that it is matched against have some 20 characters.
+_LONGEST_PATTERN = 300
+_LONGEST_LAYERS = 1000  # every layer of a large model by its number
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -45,6 +51,13 @@ def checkpointing_settings(training: TrainingSection) -> dict[str, Any]:
     return {}
 
 
+def _possible(path: str | None) -> str | None:
+    """`path`, unless no file can have that name: the system would say so with a ValueError, somewhere later."""
+    if path is not None and "\0" in path:
+        raise ValueError(f"{excerpt(path)} holds a NUL character")
+    return path
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused, no silent conversion of text to numbers."""
 
@@ -62,6 +75,8 @@ class ModelSection(Section):
     adapter_dtype: Dtype | None = None  # A, B, P and Q; as dtype when left out, but float32 for float16
     attn_implementation: AttnImplementation = "sdpa"
     tokenizer: str | None = None  # another folder or hub id, when the model's own tokenizer is not wanted
+
+    _path_is_possible = field_validator("path", "tokenizer")(_possible)
 
     @property
     def resolved_adapter_dtype(self) -> Dtype:
@@ -112,8 +127,8 @@ class BandSection(Section):
     """One band: the layers it takes, and the adapter that every target module in them gets."""
 
     # Left out, it is named after its layers or its place in the list.
-    band: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")] = "band"
-    layers: Annotated[str, _or({"type": "integer"})] = (
+    band: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")] = "band"
+    layers: Annotated[str, Field(min_length=1, max_length=_LONGEST_LAYERS), _or({"type": "integer"})] = (
         "all"  # "0-9", "0,3,5-7", "30%-70%", "bottom", "middle", "top" or "all"
     )
     kind: Kind = "lora"
@@ -151,11 +166,13 @@ class BandSection(Section):
         if not value or any(not pattern for pattern in value):
             raise ValueError("name at least one module, or 'all-linear'")
         for pattern in value:
+            if len(pattern) > _LONGEST_PATTERN:
+                raise ValueError(f"a target of {len(pattern):,} characters is longer than {_LONGEST_PATTERN}")
             if pattern.startswith("re:"):
                 try:
                     re.compile(pattern[3:])
-                except re.error as error:
-                    raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+                except (re.error, OverflowError) as error:  # OverflowError: a repetition of 10^11
+                    raise ValueError(f"{excerpt(pattern)} is not a regular expression: {error}") from None
         return value
 
     @model_validator(mode="after")
@@ -263,7 +280,7 @@ class MemorySection(Section):
     on_exceed: Literal["cap_rank", "error", "ignore"] = "cap_rank"  # when the plan does not fit into it
     # With training.gradient_checkpointing: the layers that are checkpointed, as in a band's layers, or bands by
     # name ("middle+top"); all of them when left out.
-    checkpoint_layers: Annotated[str | None, _or({"type": "integer"})] = None
+    checkpoint_layers: Annotated[str | None, Field(max_length=_LONGEST_LAYERS), _or({"type": "integer"})] = None
 
     @field_validator("checkpoint_layers", mode="before")
     @classmethod
@@ -274,8 +291,39 @@ class MemorySection(Section):
     @classmethod
     def _is_an_amount(cls, value: Any) -> Any:
         if isinstance(value, (str, int, float)):
+            if len(str(value)) > 40:  # a number of so many digits would not fit into a float
+                raise ValueError(f"{excerpt(value)} is not an amount of memory; write for example 24GiB")
             parse_bytes(str(value))
         return value
+
+
+_DEEPSPEED_OWNED = {
+    "optimizer": "set training.optim",
+    "scheduler": "set training.lr_scheduler_type",
+    "fp16": "set model.dtype; adapters train in fp32 under ZeRO",
+    "bf16": "set model.dtype; adapters train in fp32 under ZeRO",
+    "torch_autocast": "set model.dtype",
+    "amp": "set model.dtype",
+    "gradient_clipping": "set training.max_grad_norm",
+    "gradient_accumulation_steps": "set training.gradient_accumulation_steps",
+    "train_micro_batch_size_per_gpu": "set training.per_device_train_batch_size",
+    "train_batch_size": "set training.per_device_train_batch_size",
+    "zero_allow_untested_optimizer": "set training.optim",
+    "zero_force_ds_cpu_optimizer": "set training.optim",
+}
+_ZERO_OWNED = {
+    "stage": "set distributed.zero_stage",
+    "offload_optimizer": "set distributed.offload",
+    "offload_param": "set distributed.offload",
+}
+_PLANNED_SIZES = {
+    "reduce_bucket_size": "reduce_bucket_size",
+    "overlap_comm": "overlap_comm",
+    "stage3_prefetch_bucket_size": "prefetch_bucket_size",
+    "stage3_param_persistence_threshold": "param_persistence_threshold",
+    "stage3_max_live_parameters": "max_live_parameters",
+    "stage3_max_reuse_distance": "max_reuse_distance",
+}
 
 
 class DistributedSection(Section):
@@ -284,6 +332,31 @@ class DistributedSection(Section):
     processes: Annotated[int, Field(ge=1)] = 1
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "optimizer", "all"] = "none"
+    deepspeed: dict[str, Any] = {}  # laid over the configuration that qhybrid derives
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What `deepspeed` sets of the sizes that the memory plan knows, by the planner's names."""
+        given = self.deepspeed.get("zero_optimization", {})
+        return {ours: given[theirs] for theirs, ours in _PLANNED_SIZES.items() if theirs in given}
+
+    @model_validator(mode="after")
+    def _deepspeed_keeps_to_its_own(self) -> Self:
+        if self.deepspeed and self.zero_stage == 0:
+            raise ValueError("deepspeed has no effect without a zero_stage")
+        for key, hint in _DEEPSPEED_OWNED.items():
+            if key in self.deepspeed:
+                raise ValueError(f"deepspeed.{key} is derived from the recipe: {hint}")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError("deepspeed.zero_optimization must be a mapping")
+        for key, hint in _ZERO_OWNED.items():
+            if key in zero:
+                raise ValueError(f"deepspeed.zero_optimization.{key} is derived from the recipe: {hint}")
+        for key in _PLANNED_SIZES.keys() & zero.keys():
+            if not isinstance(zero[key], int) or zero[key] < 0:
+                raise ValueError(f"deepspeed.zero_optimization.{key} must be a number of values, or true or false")
+        return self
 
     @property
     def is_single(self) -> bool:
@@ -314,7 +387,38 @@ class Recipe(Section):
     @field_validator("output_dir")
     @classmethod
     def _home_is_spelt_out(cls, value: str) -> str:
+        _possible(value)
         return os.path.expanduser(value)
+
+    @property
+    def adapter_dtype(self) -> Dtype:
+        """The dtype that A, B, P and Q train in: fp32 under ZeRO, which would step on fp32 copies anyway."""
+        if self.distributed.zero_stage:
+            return "float32"
+        return self.model.resolved_adapter_dtype
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step, over all processes and accumulated micro-batches."""
+        training = self.training
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        return batch * self.distributed.processes
+
+    @model_validator(mode="after")
+    def _zero_can_train_it(self) -> Self:
+        if self.distributed.zero_stage == 0:
+            return self
+        if self.model.adapter_dtype not in (None, "float32"):
+            raise ValueError(
+                f"model.adapter_dtype {self.model.adapter_dtype} does not go with distributed.zero_stage "
+                f"{self.distributed.zero_stage}: adapters train in float32 under ZeRO"
+            )
+        if self.model.dtype == "float16":
+            raise ValueError(
+                "model.dtype float16 needs loss scaling, which does not go with ZeRO here: use bfloat16 or "
+                "float32, or distributed.zero_stage 0"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -332,10 +436,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        names = [band.band for band in self.adapters]
-        doubled = {name for name in names if names.count(name) > 1}
+        counts = Counter(band.band for band in self.adapters)
+        doubled = sorted(name for name, count in counts.items() if count > 1)
         if doubled:
-            raise ValueError(f"two bands are called {sorted(doubled)[0]!r}; give each its own name")
+            raise ValueError(f"two bands are called {doubled[0]!r}; give each its own name")
         if self.data.chat_template and self.training.chat_template_path:
             raise ValueError("data.chat_template and training.chat_template_path both name a template")
         has_eval = bool(self.data.eval_sources) or self.data.eval_fraction > 0

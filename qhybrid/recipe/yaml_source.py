@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import yaml
 
 from qhybrid.errors import RecipeError
+from qhybrid.recipe.excerpt import excerpt, excerpt_key
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
-MAX_NODES = 10_000  # after aliases are expanded
+MAX_NODES = 10_000  # scalars, lists and mappings, after aliases are expanded
 
 Path = tuple[str | int, ...]
 
@@ -23,6 +25,9 @@ _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = re.compile(r"([-+]?)\.(inf|Inf|INF|nan|NaN|NAN)")
+
+# What YAML does not take unescaped. Lone surrogates are bytes of a command line that were not UTF-8.
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,33 @@ class _Open:
     key: str | None = None
     merged: dict[str, Any] = field(default_factory=dict)
     size: int = 1
+    height: int = 1  # levels of lists and mappings, itself included
+
+
+@dataclass(frozen=True)
+class _Anchored:
+    """A value that has a name, and what an alias of it adds."""
+
+    value: Any
+    size: int
+    height: int
+
+
+def too_large(name: str) -> RecipeError:
+    """The error for a file, or an override, beyond MAX_BYTES."""
+    return RecipeError(f"larger than {MAX_BYTES // 1024} KiB, as no recipe is", where=name)
 
 
 def _build(text: str, name: str, lines: dict[Path, int]) -> Any:
-    if len(text.encode("utf-8", "surrogateescape")) > MAX_BYTES:
-        raise RecipeError(f"the file is larger than {MAX_BYTES // 1024} KiB", where=name)
+    if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
+        raise too_large(name)
+    forbidden = _FORBIDDEN.search(text)
+    if forbidden:
+        raise RecipeError(
+            f"not valid YAML: the character {forbidden[0]!r} cannot stand in it",
+            where=f"{name}:{text.count(chr(10), 0, forbidden.start()) + 1}",
+            hint="a recipe is UTF-8 text without control characters",
+        )
     try:
         return _from_events(text, name, lines)
     except yaml.MarkedYAMLError as error:
@@ -125,26 +152,27 @@ def _build(text: str, name: str, lines: dict[Path, int]) -> Any:
 
 def _from_events(text: str, name: str, lines: dict[Path, int]) -> Any:
     stack: list[_Open] = []
-    anchors: dict[str, tuple[Any, int]] = {}
+    anchors: dict[str, _Anchored] = {}
     root: list[Any] = []
     num_nodes = 0
     documents = 0
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-    def place(value: Any, size: int, line: int) -> None:
+    def place(value: Any, size: int, height: int, line: int) -> None:
         """Put a finished value into the innermost open container."""
         if not stack:
             root.append(value)
             return
         top = stack[-1]
         top.size += size
+        top.height = max(top.height, 1 + height)
         if isinstance(top.container, list):
             top.container.append(value)
             return
         if top.key is None:
             top.key = _as_key(value, f"{name}:{line}")
-            if top.key in top.container:
-                raise RecipeError(f"the key {top.key!r} is given twice", where=f"{name}:{line}")
+            if (*top.path, top.key) in lines:  # a merge key is not in the container
+                raise RecipeError(f"the key {excerpt(top.key)} is given twice", where=f"{name}:{line}")
             lines[(*top.path, top.key)] = line
             return
         if top.key == "<<":  # merge key: what stands here wins over what is merged
@@ -159,7 +187,7 @@ def _from_events(text: str, name: str, lines: dict[Path, int]) -> Any:
         line = event.start_mark.line + 1
         here = f"{name}:{line}"
         if getattr(event, "tag", None) not in (None, "!"):
-            raise RecipeError(f"YAML tags such as {event.tag!r} are not used in recipes", where=here)
+            raise RecipeError(f"YAML tags such as {excerpt(event.tag)} are not used in recipes", where=here)
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents > 1:
@@ -170,32 +198,47 @@ def _from_events(text: str, name: str, lines: dict[Path, int]) -> Any:
             path = _child_path(stack[-1] if stack else None, here)
             lines.setdefault(path, line)
             container: Any = {} if isinstance(event, yaml.MappingStartEvent) else []
+            num_nodes += 1
             stack.append(_Open(container, path, line, event.anchor))
         elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
             closed = stack.pop()
             for key, value in closed.merged.items():
                 closed.container.setdefault(key, value)  # only a mapping has merge keys
             if closed.anchor:
-                anchors[closed.anchor] = (closed.container, closed.size)
-            place(closed.container, closed.size, closed.line)
+                anchors[closed.anchor] = _Anchored(closed.container, closed.size, closed.height)
+            place(closed.container, closed.size, closed.height, closed.line)
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in anchors:
-                raise RecipeError(f"the alias *{event.anchor} has no anchor before it", where=here)
-            value, size = anchors[event.anchor]
-            num_nodes += size
+                raise RecipeError(f"the alias *{excerpt_key(event.anchor)} has no anchor before it", where=here)
+            named = anchors[event.anchor]
+            if len(stack) + named.height > MAX_DEPTH:
+                raise RecipeError(f"nested deeper than {MAX_DEPTH} levels", where=here)
+            num_nodes += named.size
             if num_nodes <= MAX_NODES:
-                place(copy.deepcopy(value), size, line)  # or an override of one place would change the others
+                # A copy, or an override of one place would change the others.
+                place(copy.deepcopy(named.value), named.size, named.height, line)
         elif isinstance(event, yaml.ScalarEvent):
-            value = parse_scalar(event.value) if event.implicit[0] else event.value  # [0]: not quoted
+            value = _scalar(event, stack[-1].key if stack else None, here)
             if stack and isinstance(stack[-1].container, list):
                 lines[(*stack[-1].path, len(stack[-1].container))] = line
             if event.anchor:
-                anchors[event.anchor] = (value, 1)
+                anchors[event.anchor] = _Anchored(value, 1, 0)
             num_nodes += 1
-            place(value, 1, line)
+            place(value, 1, 0, line)
         if num_nodes > MAX_NODES:
             raise RecipeError(f"more than {MAX_NODES:,} values; aliases count each time", where=here)
     return root[0] if root else None
+
+
+def _scalar(event: yaml.ScalarEvent, key: str | None, here: str) -> Any:
+    """The value of a scalar. No setting takes what is not finite, and some are never checked by the schema."""
+    value = parse_scalar(event.value) if event.implicit[0] else event.value  # [0]: not quoted
+    if isinstance(value, float) and not math.isfinite(value):
+        name = f"{excerpt_key(key)}: " if key else ""
+        raise RecipeError(
+            f"{name}{excerpt_key(event.value)} is not a finite number", where=here, hint="quote it if it is text"
+        )
+    return value
 
 
 def _child_path(parent: _Open | None, here: str) -> Path:
@@ -211,4 +254,4 @@ def _child_path(parent: _Open | None, here: str) -> Path:
 def _as_key(value: Any, here: str) -> str:
     if isinstance(value, (str, int)) and not isinstance(value, bool):
         return str(value)
-    raise RecipeError(f"{value!r} is not a usable key", where=here)
+    raise RecipeError(f"{excerpt(value)} is not a usable key", where=here)

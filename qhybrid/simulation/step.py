@@ -76,7 +76,7 @@ def simulate(
             _mark(tracker, roles, tensor, "base weights" if quantized else "unquantised weights")
         fused = asked.use_liger_kernel and device == "cuda"
         with tracker, liger_layers(shell, wanted=fused, options=asked.liger_kernel_config):
-            model = attach(shell, layout, dtype=getattr(torch, recipe.model.resolved_adapter_dtype))
+            model = attach(shell, layout, dtype=getattr(torch, recipe.adapter_dtype))
             for name, tensor in tensors_of(model):
                 kind = "adapters" if tensor.requires_grad else "DoRA norms"
                 if "lora_" in name:

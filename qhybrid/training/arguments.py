@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.integrations import get_reporting_integration_callbacks
@@ -11,10 +12,22 @@ from trl import SFTConfig
 from qhybrid.errors import RecipeError
 from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.training_fields import OUR_FIELDS, OWNED_ELSEWHERE
+from qhybrid.redaction import redacted_values
 
 
-def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
+class ReportedConfig(SFTConfig):
+    """trl's arguments; trackers are told them, and write them, redacted."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As trl's."""
+        return redacted_values(super().to_dict())
+
+
+def training_arguments(recipe: Recipe, checkpoints: Path, deepspeed: dict[str, Any] | None = None) -> SFTConfig:
     """The arguments of trl's trainer for this recipe.
+
+    Args:
+        deepspeed: DeepSpeed's configuration, with ZeRO.
 
     Raises:
         RecipeError: trl or transformers refuse a value; the message is theirs.
@@ -33,6 +46,12 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         training.early_stopping_patience is not None or training.save_strategy == "best"
     ):
         values["metric_for_best_model"] = "eval_loss"
+    if deepspeed is not None:
+        values["deepspeed"] = deepspeed
+        values["bf16"] = False  # or accelerate would have DeepSpeed cast what is trained; see training/zero.py
+    if recipe.distributed.processes > 1:
+        values["ddp_backend"] = "gloo" if values.get("use_cpu") else "nccl"
+        values["ddp_find_unused_parameters"] = False
     if recipe.model.dtype == "float16":
         values["fp16"] = True  # the loss must be scaled, or small gradients vanish
     values |= {
@@ -46,8 +65,9 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         "completion_only_loss": None,
     }
     try:
-        arguments = SFTConfig(**values)
-        arguments._n_gpu = 1  # several visible GPUs do not mean DataParallel, which trl refuses
+        arguments = ReportedConfig(**values)
+        if recipe.distributed.is_single:
+            arguments._n_gpu = 1  # several visible GPUs do not mean DataParallel, which trl refuses
         for tracker in get_reporting_integration_callbacks(arguments.report_to):
             tracker()  # says so if its library is missing
         return arguments

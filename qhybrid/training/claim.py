@@ -16,13 +16,14 @@ import psutil
 from qhybrid.errors import RunFolderError
 from qhybrid.recipe.load import parse_recipe
 from qhybrid.recipe.schema import Recipe
-from qhybrid.training.checkpoint import newest_sealed
+from qhybrid.redaction import redacted_values
+from qhybrid.training.checkpoint import choose, recover, remove_leftovers
 from qhybrid.training.events import read_events
-from qhybrid.training.run import Run
+from qhybrid.training.run import STATE, Run
 
 _LEFT_BY_A_RUN = (
     "adapter", "checkpoints", "events.jsonl", "audit.json", "layout.json", "plan.json",
-    "tensorboard", "recipe.yaml", "run.json",
+    "tensorboard", "recipe.yaml", "run.json", "base.json", "deepspeed.json",
 )  # fmt: skip
 _REPLACED = ".replaced"  # an earlier run, until its successor has taken a step
 
@@ -63,13 +64,24 @@ def _claimed(run: Run, recipe: Recipe, *, resume: bool, overwrite: bool) -> Run:
         raise RunFolderError(f"output_dir {run.folder} holds a finished run", hint="there is nothing to resume")
     if overwrite:
         _set_aside(run.folder)
-    checkpoint = newest_sealed(run.checkpoints) if resume else None
-    if checkpoint is not None and not (checkpoint / "optimizer.pt").is_file():
+    if not resume or not run.checkpoints.is_dir():
+        return run
+    recover(run.checkpoints)
+    remove_leftovers(run.checkpoints)
+    choice = choose(run.checkpoints)
+    if choice.folder is None and choice.passed_over:
+        folder, fault = choice.passed_over[0]
         raise RunFolderError(
-            f"{checkpoint} holds no optimizer state (training.save_only_model)",
+            f"no checkpoint of {run.folder} is whole; of the newest, {folder.name}, {fault}",
+            hint="bring the file back, or start again with --overwrite",
+        )
+    if choice.folder is not None and not (choice.folder / STATE).is_file():
+        raise RunFolderError(
+            f"{choice.folder} holds no optimizer state (training.save_only_model)",
             hint="it cannot be resumed exactly, only evaluated; start a new run in another output_dir",
         )
-    return Run(run.folder, resume_from=checkpoint)
+    notes = tuple(f"{folder.name} is not whole and passed over: {fault}" for folder, fault in choice.passed_over)
+    return Run(run.folder, resume_from=choice.folder, notes=notes)
 
 
 def _lock(descriptor: int, folder: Path) -> None:
@@ -157,9 +169,9 @@ def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
             f"output_dir {run.folder} holds {state}",
             hint="go on with --resume auto, replace it with --overwrite, or choose another output_dir",
         )
-    if recipe.training.train_sampling_strategy == "group_by_length":
+    if recipe.training.train_sampling_strategy == "batch_rebalance":
         raise RunFolderError(
-            "a run with training.train_sampling_strategy: group_by_length cannot be resumed in the same order",
+            "a run with training.train_sampling_strategy: batch_rebalance cannot be resumed in the same order",
             hint="start a new run in another output_dir",
         )
     _same_recipe(run, recipe)
@@ -178,7 +190,7 @@ def _is_alive(process: dict[str, Any]) -> bool:
 
 def _has_trained(run: Run) -> bool:
     """Whether the run took a step."""
-    if run.adapter.exists() or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir())):
+    if run.adapter.exists() or (run.checkpoints.is_dir() and any(run.checkpoints.glob("checkpoint-*"))):
         return True
     return run.events_file.is_file() and bool(read_events(run.events_file, "step"))
 
@@ -187,8 +199,10 @@ def _has_trained(run: Run) -> bool:
 _MAY_DIFFER = (
     "training.logging_steps", "training.report_to", "training.run_name", "training.save_total_limit",
     "training.gradient_checkpointing", "training.per_device_eval_batch_size", "memory.vram",
-    "memory.on_exceed", "memory.checkpoint_layers", "training.activation_checkpointing",
+    "memory.on_exceed", "memory.checkpoint_layers", "training.activation_checkpointing", "distributed.",
 )  # fmt: skip
+# They may differ as long as an optimizer step takes as many rows: the same ones then.
+_SPLIT = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 
 
 # Where a data file lies may differ as well: the fingerprint of the rows says whether they are the same.
@@ -199,9 +213,16 @@ def _same_recipe(run: Run, recipe: Recipe) -> None:
     if not run.recipe_file.is_file():
         return
     old, _ = parse_recipe(run.recipe_file.read_text(encoding="utf-8"), str(run.recipe_file))
-    before, now = (_flat(r.model_dump(mode="json")) for r in (old, recipe))
+    # As it was written: without secrets, and with the home folder as "~".
+    before, now = (_flat(redacted_values(r.model_dump(mode="json"))) for r in (old, recipe))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     changed = [key for key in changed if not key.startswith(_MAY_DIFFER) and not _DATA_PATH.fullmatch(key)]
+    rows_before, rows_now = (r.rows_per_step for r in (old, recipe))
+    if rows_before == rows_now:
+        changed = [key for key in changed if key not in _SPLIT]
+    else:
+        changed = ["rows of a step", *changed]
+        before["rows of a step"], now["rows of a step"] = rows_before, rows_now
     if changed:
         shown = "; ".join(f"{key}: {before.get(key)} → {now.get(key)}" for key in changed[:5])
         raise RunFolderError(

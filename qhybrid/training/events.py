@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
+
+from qhybrid.redaction import redacted_values
 
 
 class EventLog:
     """Appends events to a file; each line has "event" and "time" (seconds since 1970) first."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file.open("a", encoding="utf-8")
+        # A link in its place could lead to any file of the user's.
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        self._file = open(descriptor, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self, event: str, **facts: Any) -> None:
-        """Append one event. NaN and infinities, which JSON lacks, are written as text."""
-        record = {"event": event, "time": round(time.time(), 3), **facts}
+        """Append one event, redacted. NaN and infinities, which JSON lacks, are written as text."""
+        record = redacted_values({"event": event, "time": round(time.time(), 3), **facts})
         self._file.write(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 

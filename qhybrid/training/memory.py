@@ -25,6 +25,11 @@ def measured_memory() -> dict[str, int]:
     return measured
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the GPU, or torch on the CPU, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def process_peak_bytes() -> int:
     """The largest resident set that this process ever had, loading included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -40,7 +45,7 @@ def hardware_of(recipe: Recipe) -> Hardware:
     if recipe.training.use_cpu or not torch.cuda.is_available():
         return Hardware("cpu", Budget(None), process)
     free, total = torch.cuda.mem_get_info()
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     card = Gpu(properties.name, total, (properties.major, properties.minor), 0.0, None)
     wanted = parse_bytes(recipe.memory.vram) if recipe.memory.vram is not None else total
     taken = total - free
@@ -60,7 +65,8 @@ def limit_vram(vram: str | None) -> str | None:
         return None
     if not torch.cuda.is_available():
         return f"memory.vram {vram} has no effect: there is no CUDA device"
-    total, wanted = torch.cuda.get_device_properties(0).total_memory, parse_bytes(vram)
+    device = torch.cuda.current_device()
+    total, wanted = torch.cuda.get_device_properties(device).total_memory, parse_bytes(vram)
     if wanted < total:
         torch.cuda.set_per_process_memory_fraction(wanted / total)
     elif wanted > 1.1 * total:

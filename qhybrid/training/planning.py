@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.errors import MemoryPlanError
 from qhybrid.planner.advise import ways_to_fit
+from qhybrid.planner.holdings import adalora_scores, adapter_bytes, optimizer_states
+from qhybrid.planner.optimizers import rule_of
 from qhybrid.planner.plan import Budget, Plan, RankCap, make_plan
 from qhybrid.planner.solve import rank_caps, solve_rank, with_ranks
-from qhybrid.planner.workload import Device
+from qhybrid.planner.workload import WIDTHS, Device
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.run import Run, write_atomically
 from qhybrid.units import format_bytes
@@ -84,6 +87,25 @@ def _plan(recipe: Recipe, spec: ModelSpec, hardware: Hardware, **others: Any) ->
         process_bytes=hardware.process_bytes,
         **others,
     )
+
+
+def smaller_plan(recipe: Recipe, spec: ModelSpec, expected: Plan) -> str:
+    """The overrides of a plan that takes at most four fifths of one that ran out of memory, in one line."""
+    limit = Budget(expected.needed * 4 // 5, source="four fifths of the plan")
+
+    def plan(tried: Recipe) -> Plan:
+        return make_plan(tried, spec, limit, device=expected.device)
+
+    changes, _ = ways_to_fit(recipe, spec, plan)
+    words = " ".join(word for change in changes for word in change.overrides)
+    return words or "a smaller model: nothing in the recipe takes much less"
+
+
+def checkpoint_bytes(recipe: Recipe, layout: Layout) -> int:
+    """What a checkpoint takes on the disk, about: adapters, the optimizer's states and AdaLoRA's averages."""
+    width = WIDTHS[recipe.adapter_dtype]
+    states = optimizer_states(layout, width, rule_of(recipe.training.optim), 1, "cpu")
+    return sum(adapter_bytes(layout, width, 1).values()) + sum(states) + adalora_scores(layout, 1)
 
 
 def write_plan(run: Run, plan: Plan, expected: Plan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from qhybrid.adapters.schedule import plan_schedules
@@ -15,6 +15,7 @@ from qhybrid.recipe.load import LoadedRecipe, resolve
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.claim import check_claim
 from qhybrid.training.planning import with_earlier_caps
+from qhybrid.training.processes import with_processes
 
 
 def settle(loaded: LoadedRecipe, *, resume: bool = False) -> Recipe:
@@ -23,7 +24,7 @@ def settle(loaded: LoadedRecipe, *, resume: bool = False) -> Recipe:
     Args:
         resume: a run of it may be there already, whose ranks were capped; they stay as they are.
     """
-    recipe = resolve(loaded.recipe)
+    recipe = resolve(with_processes(loaded.recipe))
     recipe = recipe.model_copy(update={"data": with_whole_paths(recipe.data, loaded.folder)})
     return with_earlier_caps(recipe) if resume else recipe
 
@@ -34,26 +35,22 @@ def preflight(recipe: Recipe, *, base_folder: Path, resume: bool, overwrite: boo
     Raises:
         QhybridError: what `run_sft` would raise later.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise RecipeError(
-            "several processes are not in this version",
-            hint="start qhybrid without torchrun or accelerate launch; one GPU is used",
-        )
-    check_single(recipe)
+    if recipe.distributed.zero_stage:
+        check_deepspeed()
     check_claim(recipe, resume=resume, overwrite=overwrite)
     check_inputs(recipe, base_folder)
 
 
-def check_single(recipe: Recipe) -> None:
-    """Refuse several processes and ZeRO.
+def check_deepspeed() -> None:
+    """Refuse ZeRO where DeepSpeed is not there.
 
     Raises:
-        RecipeError: the recipe asks for them.
+        RecipeError: with the command that installs it.
     """
-    if not recipe.distributed.is_single:
+    if find_spec("deepspeed") is None:
         raise RecipeError(
-            "distributed: several processes and ZeRO are planned for, but not trained with in this version",
-            hint="leave the section out to train on one GPU; qhybrid plan prices it",
+            "distributed.zero_stage needs DeepSpeed, which is not installed",
+            hint="DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed; or set distributed.zero_stage to 0",
         )
 
 

@@ -4,6 +4,7 @@ run.json         status and versions            recipe.yaml   the resolved recip
 layout.json      one row for each module        audit.json    what became of every data row
 events.jsonl     one line for each step         checkpoints/  to resume from
 adapter/         the result                      plan.json     the memory it should take
+deepspeed.json   what DeepSpeed was told         base.json     hashes of the base model's files
 """
 
 from __future__ import annotations
@@ -17,25 +18,37 @@ from typing import Any, Literal
 
 import psutil
 
+from qhybrid.base.fingerprint import compare, fingerprint
+from qhybrid.base.locate import weight_files
 from qhybrid.errors import RunFolderError
 from qhybrid.recipe.load import dump_recipe
 from qhybrid.recipe.schema import Recipe
+from qhybrid.redaction import redacted
 
+STATE = "state.json"  # in a checkpoint that can be resumed
 Status = Literal["running", "finished", "failed", "interrupted"]
 LIBRARIES = ("qhybrid", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. `resume_from` is the checkpoint to go on from, or None for a fresh start."""
+    """One run folder.
+
+    Attributes:
+        resume_from: the checkpoint to go on from, or None for a fresh start.
+        notes: what the user should know of other checkpoints.
+    """
 
     folder: Path
     resume_from: Path | None = None
+    notes: tuple[str, ...] = ()
 
     recipe_file = property(lambda self: self.folder / "recipe.yaml")
     layout_file = property(lambda self: self.folder / "layout.json")
     plan_file = property(lambda self: self.folder / "plan.json")
     audit_file = property(lambda self: self.folder / "audit.json")
+    base_file = property(lambda self: self.folder / "base.json")
+    deepspeed_file = property(lambda self: self.folder / "deepspeed.json")
     events_file = property(lambda self: self.folder / "events.jsonl")
     checkpoints = property(lambda self: self.folder / "checkpoints")
     adapter = property(lambda self: self.folder / "adapter")
@@ -88,6 +101,28 @@ def begin(run: Run, recipe: Recipe, data_fingerprint: str, date: str) -> None:
     run.write_status("running", data_fingerprint=data_fingerprint, date=date)
 
 
+def check_base(run: Run, base: Path) -> None:
+    """Hash the base model's weights into base.json; a resumed run must have the very same.
+
+    Args:
+        base: the model's folder.
+
+    Raises:
+        RunFolderError: the weights are not those that the run was started with.
+        ModelError: a file is not what the hub said it was.
+    """
+    now = fingerprint(weight_files(base))
+    if run.resume_from is not None and run.base_file.is_file():
+        before = json.loads(run.base_file.read_text(encoding="utf-8"))
+        difference = compare(before, now)
+        if difference is not None:
+            raise RunFolderError(
+                f"the base model in {base} is not what the run in {run.folder} was started with: {difference}",
+                hint="bring the old files back, or start a new run in another output_dir",
+            )
+    write_atomically(run.base_file, json.dumps(now, indent=2) + "\n")
+
+
 def versions() -> dict[str, str]:
     """The installed versions of the libraries that a result depends on."""
     found = {}
@@ -100,10 +135,11 @@ def versions() -> dict[str, str]:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old content or the new, never a part."""
+    """Write `text`, redacted, so that a reader sees the old content or the new, never a part."""
     temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
+    temporary.unlink(missing_ok=True)  # of a killed process; or a link, which must not be followed
+    with temporary.open("x", encoding="utf-8") as stream:
+        stream.write(redacted(text))
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)

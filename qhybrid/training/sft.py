@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import functools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,14 @@ from qhybrid.adapters.attach import attach
 from qhybrid.adapters.folder import AdapterInfo, save_adapter
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.layout import Layout
-from qhybrid.architecture.spec import read_spec
+from qhybrid.architecture.spec import ModelSpec, read_spec
 from qhybrid.base.facts import model_facts
 from qhybrid.base.load import load_base
 from qhybrid.base.locate import find_local, hub_commit, model_folder
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import PreparedData, prepare_data
-from qhybrid.errors import AllocationError, ModelError, RecipeError, TrainingError
+from qhybrid.errors import AllocationError, DataError, ModelError, RecipeError, TrainingError
+from qhybrid.planner.memory import zero_setup
 from qhybrid.planner.plan import Plan, RankCap
 from qhybrid.recipe.load import LoadedRecipe
 from qhybrid.recipe.schema import Recipe
@@ -34,16 +37,43 @@ from qhybrid.training.arguments import training_arguments
 from qhybrid.training.callbacks.allocate import AllocateRanks
 from qhybrid.training.callbacks.record import RecordSteps
 from qhybrid.training.callbacks.replace import DiscardReplaced
-from qhybrid.training.checkpoint import newest_sealed
+from qhybrid.training.callbacks.stop import StopWhenAsked
+from qhybrid.training.callbacks.watch import WatchLoss
+from qhybrid.training.checkpoint import newest_sealed, require_space
 from qhybrid.training.claim import claim, has_replaced
+from qhybrid.training.culprits import rows_of
 from qhybrid.training.display import ProgressDisplay
 from qhybrid.training.events import EventLog
-from qhybrid.training.memory import hardware_of, limit_vram
-from qhybrid.training.planning import Hardware, earlier_caps, expect, plan_lines, plan_run, write_plan
+from qhybrid.training.memory import hardware_of, is_out_of_memory, limit_vram
+from qhybrid.training.planning import (
+    Hardware,
+    checkpoint_bytes,
+    earlier_caps,
+    expect,
+    plan_lines,
+    plan_run,
+    smaller_plan,
+    write_plan,
+)
 from qhybrid.training.preflight import preflight, settle
-from qhybrid.training.run import Run, begin, versions, write_atomically
+from qhybrid.training.processes import (
+    StoppedElsewhere,
+    agree,
+    gather,
+    is_several,
+    join,
+    leave,
+    lost_contact,
+    one_after_another,
+    place,
+    together,
+)
+from qhybrid.training.run import Run, begin, check_base, versions, write_atomically
+from qhybrid.training.signals import Interrupted, StopSignals, stop_signals
 from qhybrid.training.summary import announce, figures_of, predicted_memory
 from qhybrid.training.trainer import BandedTrainer
+from qhybrid.training.zero import deepspeed_config
+from qhybrid.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -68,59 +98,134 @@ def run_sft(
     Raises:
         QhybridError: see `qhybrid.errors`; exit code 2 before training, 1 from training itself.
     """
-    console = console or Console()
     recipe = settle(loaded, resume=resume)
-    preflight(recipe, base_folder=loaded.folder, resume=resume, overwrite=overwrite)
-    before = Run(Path(recipe.output_dir)).status if resume else None
+    here = join(recipe)
+    console = (console or Console()) if here.is_main else Console(quiet=True)
+    notify = functools.partial(console.print, highlight=False, soft_wrap=True)
+    try:
+        with stop_signals(notify) as signals:
+            result = _run(loaded, recipe, signals, resume=resume, overwrite=overwrite, console=console)
+    except RuntimeError as error:
+        if is_several() and not isinstance(error, torch.cuda.OutOfMemoryError) and lost_contact(error):
+            raise StoppedElsewhere("another process is gone, and this one cannot go on alone") from error
+        raise
+    leave()
+    return result
+
+
+def _run(
+    loaded: LoadedRecipe,
+    recipe: Recipe,
+    signals: StopSignals,
+    *,
+    resume: bool,
+    overwrite: bool,
+    console: Console,
+) -> SftResult:
+    agree(lambda: preflight(recipe, base_folder=loaded.folder, resume=resume, overwrite=overwrite))
+    before = agree(lambda: Run(Path(recipe.output_dir)).status if resume else None)
     if before and before["status"] == "finished":
         console.print(f"{recipe.output_dir} holds the finished run of this recipe; nothing to do", highlight=False)
         return SftResult(Run(Path(recipe.output_dir)), before["figures"])
-    hardware = hardware_of(recipe)
-    earlier = earlier_caps(recipe) if resume else None
-    recipe, plan = _planned(recipe, hardware, earlier)
+    # Every process plans with the memory of the one that has least.
+    hardware = min(gather(hardware_of(recipe)), key=lambda one: one.budget.vram or 0)
+    earlier = agree(lambda: earlier_caps(recipe) if resume else None)
+    recipe, plan = together(lambda: _planned(recipe, hardware, earlier))
+    with one_after_another():
+        base = model_folder(recipe.model)
+    date = (before or {}).get("date") or agree(lambda: datetime.date.today().isoformat())
+    prepared = together(lambda: _prepare(loaded, recipe, plan, base, hardware, earlier, date))
+    recipe, layout, data = prepared.recipe, prepared.layout, prepared.data
+    if len(set(gather(data.fingerprint))) > 1:
+        raise DataError("the processes read different data", hint="give every machine the same files")
+    with contextlib.ExitStack() as stack:
+        run = agree(lambda: stack.enter_context(claim(recipe, resume=resume, overwrite=overwrite)))
+        agree(lambda: _begin(run, prepared, base, date))
+        announce(console, recipe, layout, data, run, limit_vram(recipe.memory.vram))
+        for line in (*plan_lines(prepared.plan), *(f"note: {note}" for note in run.notes)):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+        events = EventLog(run.events_file if place().is_main else Path(os.devnull))
+        predicted = predicted_memory(prepared.expected)
+        events.write("plan", predicted=predicted, moments=prepared.expected.prediction.moments)
+        try:
+            commit = hub_commit(base) if find_local(recipe.model) is None else None
+            info = _info(recipe, data, commit, date)
+            figures = _train(prepared, info, run, events, console, signals)
+            figures |= {f"predicted_{name}": value for name, value in predicted.items()}
+            events.write("end", **figures)
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            if place().is_main:
+                with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                    events.write(status, error=type(error).__name__, message=str(error))
+                    run.write_status(status, error=type(error).__name__)
+            if status == "interrupted":
+                console.print(_what_is_left(run), highlight=False, soft_wrap=True)
+            if isinstance(error, Exception) and is_out_of_memory(error):
+                raise _out_of_memory(prepared, run, error) from None
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise TrainingError(
+                    f"the disk is full: {error.filename or run.folder} could not be written",
+                    hint=f"make room; {_what_is_left(run)}",
+                ) from None
+            raise
+        finally:
+            events.close()
+        agree(lambda: run.write_status("finished", figures=figures))
+    return SftResult(run, figures)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that a run begins with, before its folder is claimed."""
+
+    recipe: Recipe
+    spec: ModelSpec
+    layout: Layout
+    plan: Plan
+    expected: Plan  # for the data at hand
+    data: PreparedData
+    tokenizer: Any
+    deepspeed: dict[str, Any] | None
+
+
+def _prepare(
+    loaded: LoadedRecipe,
+    recipe: Recipe,
+    plan: Plan | None,
+    base: Path,
+    hardware: Hardware,
+    earlier: tuple[RankCap, ...] | None,
+    date: str,
+) -> _Prepared:
+    spec = read_spec(base)
+    layout = build_layout(recipe.adapters, spec)
     # What needs no model is looked at before the folder is claimed.
     training_arguments(recipe, Path(recipe.output_dir))
-    base = model_folder(recipe.model)
-    spec = read_spec(base)
-    build_layout(recipe.adapters, spec)
     tokenizer = load_tokenizer(recipe.model)
-    date = (before or {}).get("date") or datetime.date.today().isoformat()
     data = prepare_data(recipe, tokenizer, base_folder=loaded.folder, date=date)
     if plan is None:  # the config has come with the model, or the longest row with the data
         longest = data.longest if recipe.training.max_length is None else None
         recipe, plan = plan_run(recipe, spec, hardware, longest=longest, earlier=earlier)
     layout = build_layout(recipe.adapters, spec)
     expected = expect(recipe, spec, hardware, data.longest, plan.caps)
-    with claim(recipe, resume=resume, overwrite=overwrite) as run:
-        begin(run, recipe, data.fingerprint, date)
-        write_atomically(run.layout_file, layout.to_json())
-        write_plan(run, plan, expected)
-        write_atomically(run.audit_file, json.dumps(data.audit.to_dict(), indent=2, ensure_ascii=False) + "\n")
-        announce(console, recipe, layout, data, run, limit_vram(recipe.memory.vram))
-        for line in plan_lines(plan):
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
-        events = EventLog(run.events_file)
-        events.write("plan", predicted=predicted_memory(expected), moments=expected.prediction.moments)
-        try:
-            commit = hub_commit(base) if find_local(recipe.model) is None else None
-            info = _info(recipe, data, commit, date)
-            figures = _train(recipe, layout, data, tokenizer, info, run, events, console)
-            figures |= {f"predicted_{name}": value for name, value in predicted_memory(expected).items()}
-            events.write("end", **figures)
-        except BaseException as error:
-            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            with contextlib.suppress(OSError):  # a full disk must not hide what happened
-                events.write(status, error=type(error).__name__, message=str(error))
-                run.write_status(status, error=type(error).__name__)
-            if status == "interrupted":
-                console.print(_what_is_left(run), highlight=False, soft_wrap=True)
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise _out_of_memory(recipe, run, error) from None
-            raise
-        finally:
-            events.close()
-        run.write_status("finished", figures=figures)
-    return SftResult(run, figures)
+    deepspeed = None
+    if recipe.distributed.zero_stage:
+        deepspeed = deepspeed_config(recipe, zero_setup(recipe, spec, layout))
+    return _Prepared(recipe, spec, layout, plan, expected, data, tokenizer, deepspeed)
+
+
+def _begin(run: Run, prepared: _Prepared, base: Path, date: str) -> None:
+    """Write what is known before training."""
+    require_space(run.folder, checkpoint_bytes(prepared.recipe, prepared.layout))
+    check_base(run, base)
+    begin(run, prepared.recipe, prepared.data.fingerprint, date)
+    write_atomically(run.layout_file, prepared.layout.to_json())
+    write_plan(run, prepared.plan, prepared.expected)
+    if prepared.deepspeed is not None:
+        write_atomically(run.deepspeed_file, json.dumps(prepared.deepspeed, indent=2) + "\n")
+    audit = json.dumps(prepared.data.audit.to_dict(), indent=2, ensure_ascii=False)
+    write_atomically(run.audit_file, audit + "\n")
 
 
 def _planned(
@@ -137,21 +242,23 @@ def _planned(
 
 
 def _train(
-    recipe: Recipe,
-    layout: Layout,
-    data: PreparedData,
-    tokenizer,
-    info: AdapterInfo,
-    run: Run,
-    events: EventLog,
-    console: Console,
+    prepared: _Prepared, info: AdapterInfo, run: Run, events: EventLog, console: Console, signals: StopSignals
 ) -> dict[str, Any]:
-    model = load_base(recipe.model, recipe.quantization, device="cpu" if recipe.training.use_cpu else None)
-    set_seed(recipe.training.seed)  # the adapters' initial values, as in trl
-    model = attach(model, layout, dtype=getattr(torch, recipe.model.resolved_adapter_dtype))
-    if data.chat_template:
-        tokenizer.chat_template = data.chat_template
-    trainer = _trainer(recipe, layout, data, tokenizer, model, run)
+    recipe, layout, tokenizer = prepared.recipe, prepared.layout, prepared.tokenizer
+
+    def build() -> BandedTrainer:
+        model = load_base(recipe.model, recipe.quantization, device="cpu" if recipe.training.use_cpu else None)
+        set_seed(recipe.training.seed)  # the adapters' initial values, as in trl
+        model = attach(model, layout, dtype=getattr(torch, recipe.adapter_dtype))
+        if prepared.data.chat_template:
+            tokenizer.chat_template = prepared.data.chat_template
+        return _trainer(prepared, model, run, report)
+
+    def report(event: str, **facts: Any) -> None:
+        events.write(event, **facts)
+        console.print(_told(event, facts, prepared.expected), highlight=False, soft_wrap=True, markup=False)
+
+    trainer = together(build)
     display = ProgressDisplay(
         console,
         line_every=int(recipe.training.logging_steps) or 1,
@@ -167,28 +274,56 @@ def _train(
                 recipe.training.early_stopping_patience, recipe.training.early_stopping_threshold
             )
         )
+    trainer.add_callback(WatchLoss(trainer, report))
+    trainer.add_callback(StopWhenAsked(trainer, signals))
     began = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+        with signals.asking_politely():
+            trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
     finally:
         display.end()
-    save_adapter(trainer.model, layout, info, run.adapter)
-    tokenizer.save_pretrained(str(run.adapter))
-    _require_allocations(trainer, run)
-    return figures_of(trainer, events, run, seconds=time.perf_counter() - began)
+    if trainer.was_stopped:
+        raise Interrupted(next(number for number in gather(signals.received) if number is not None))
+
+    def finish() -> dict[str, Any]:
+        save_adapter(trainer.model, layout, info, run.adapter)
+        tokenizer.save_pretrained(str(run.adapter))
+        settings = run.adapter / "tokenizer_config.json"
+        if settings.is_file():  # some hold the paths that they were loaded from
+            write_atomically(settings, settings.read_text(encoding="utf-8"))
+        _require_allocations(trainer, run)
+        return figures_of(trainer, events, run, seconds=time.perf_counter() - began)
+
+    return agree(finish)
 
 
-def _trainer(recipe: Recipe, layout: Layout, data: PreparedData, tokenizer, model, run: Run) -> BandedTrainer:
+def _told(event: str, facts: dict[str, Any], expected: Plan) -> str:
+    """An event in words, for the console."""
+    if event == "out_of_memory":
+        return (
+            f"out of memory at step {facts['step']} with micro-batches of {facts['rows']} rows (the plan expected "
+            f"{format_bytes(expected.needed)}): taking the step again, {facts['rows_from_now_on']} at a time"
+        )
+    rows = ", ".join(facts["rows"][:8]) + (" …" if len(facts["rows"]) > 8 else "")
+    if event == "loss_spike":
+        return f"note: the loss leapt to {facts['loss']:.4f} at step {facts['step']}; its rows: {rows}"
+    return f"the {facts['what']} is {facts['value']} at step {facts['step']}; its rows: {rows}"
+
+
+def _trainer(prepared: _Prepared, model, run: Run, report: Callable[..., None]) -> BandedTrainer:
+    recipe = prepared.recipe
     try:
         with _tensorboard_in(run.folder / "tensorboard"):
             return BandedTrainer(
                 model=model,
                 recipe=recipe,
-                layout=layout,
-                args=training_arguments(recipe, run.checkpoints),
-                train_dataset=data.train,
-                eval_dataset=data.eval,
-                processing_class=tokenizer,
+                layout=prepared.layout,
+                find_rows=functools.partial(rows_of, data=prepared.data),
+                report=report,
+                args=training_arguments(recipe, run.checkpoints, prepared.deepspeed),
+                train_dataset=prepared.data.train,
+                eval_dataset=prepared.data.eval,
+                processing_class=prepared.tokenizer,
             )
     except (ValueError, TypeError, ImportError, AssertionError) as error:
         raise RecipeError(f"training: {' '.join(str(error).split())}") from error
@@ -232,19 +367,15 @@ def _what_is_left(run: Run) -> str:
     return f"stopped; {checkpoint.name} is whole: go on with --resume auto"
 
 
-def _out_of_memory(recipe: Recipe, run: Run, error: Exception) -> TrainingError:
-    smaller = (
-        "a smaller training.per_device_train_batch_size (with more gradient_accumulation_steps) or "
-        "training.max_length"
+def _out_of_memory(prepared: _Prepared, run: Run, error: Exception) -> TrainingError:
+    """What to change: the plan that expected this to fit was wrong here, so one is named that takes less."""
+    message = (
+        f"out of memory; the plan expected {format_bytes(prepared.expected.needed)}: {str(error).splitlines()[0]}"
     )
-    message = f"the GPU ran out of memory: {str(error).splitlines()[0]}"
+    smaller = smaller_plan(prepared.recipe, prepared.spec, prepared.expected)
     if has_replaced(run):
         return TrainingError(message, hint=f"{_BACK}; start again with --overwrite and {smaller}")
-    if recipe.training.gradient_checkpointing:
-        first = "lower training.per_device_eval_batch_size, if it was in an evaluation, and go on"
-    else:
-        first = "set training.gradient_checkpointing=true and go on"
-    return TrainingError(message, hint=f"{first} with --resume auto; or start anew with --overwrite and {smaller}")
+    return TrainingError(message, hint=f"try {smaller}; {_what_is_left(run)}")
 
 
 def _info(recipe: Recipe, data: PreparedData, commit: str | None, date: str) -> AdapterInfo:
@@ -255,7 +386,7 @@ def _info(recipe: Recipe, data: PreparedData, commit: str | None, date: str) -> 
         quantization=recipe.quantization.method,
         double_quant=recipe.quantization.double_quant,
         dtype=recipe.model.dtype,
-        adapter_dtype=recipe.model.resolved_adapter_dtype,
+        adapter_dtype=recipe.adapter_dtype,
         attn_implementation=recipe.model.attn_implementation,
         chat_template=data.chat_template,
         system_prompt=recipe.data.system_prompt,

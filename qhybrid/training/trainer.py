@@ -6,26 +6,31 @@ the loss, packing, the optimizers and the schedulers are theirs.
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerState
+from transformers import TrainerState, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
+from qhybrid.adapters.access import DIRECT
 from qhybrid.adapters.adalora import add_regularizer
 from qhybrid.adapters.allocator import RankAllocator, Triplets
 from qhybrid.adapters.attach import ADAPTER, adapted_modules, keep_adapter_values
 from qhybrid.adapters.dora import hold_norms, refresh_norms
-from qhybrid.adapters.folder import load_weights, save_weights
+from qhybrid.adapters.folder import LAYOUT, WEIGHTS, load_weights, trained_tensors
 from qhybrid.adapters.parameter_groups import parameter_groups
 from qhybrid.adapters.schedule import plan_schedules
 from qhybrid.architecture.layout import Layout
@@ -33,16 +38,61 @@ from qhybrid.data.tokenize import has_trained_token
 from qhybrid.errors import NonFiniteError, RecipeError
 from qhybrid.planner.workload import checkpointed_layers
 from qhybrid.recipe.schema import Recipe
-from qhybrid.training.checkpoint import prune, seal
+from qhybrid.redaction import redacted_values
+from qhybrid.training.checkpoint import prune, read_tensors, staged, write_bytes, write_tensors
+from qhybrid.training.memory import is_out_of_memory
+from qhybrid.training.order import EpochOrder, WithBlankRow
+from qhybrid.training.processes import agree, gather, is_several, place
+from qhybrid.training.state import (
+    optimizer_content,
+    random_state,
+    read_numbers,
+    restore_optimizer,
+    restore_random_state,
+    write_state,
+)
+from qhybrid.training.zero import ZeroAccess, watch_step
 
 ALLOCATORS = "allocators.safetensors"
 _MOST_SKIPPED_STEPS = 30  # fp16: the loss scale starts at 2^16 and is halved each time
 
 
+class EvaluationStopped(Exception):
+    """A signal came during an evaluation in training."""
+
+
+def split_batch(inputs: dict[str, Any], rows: int | None) -> list[dict[str, Any]]:
+    """A batch in parts of at most `rows` rows; tensors without a row for each stay as they are."""
+    total = len(inputs["input_ids"])
+    if rows is None or rows >= total:
+        return [inputs]
+    return [
+        {
+            key: value[begin : begin + rows] if torch.is_tensor(value) and len(value) == total else value
+            for key, value in inputs.items()
+        }
+        for begin in range(0, total, rows)
+    ]
+
+
 class BandedTrainer(SFTTrainer):
     """Trains a model that `adapters.attach` prepared, as its recipe and layout say."""
 
-    def __init__(self, *, model: PeftModel, recipe: Recipe, layout: Layout, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        model: PeftModel,
+        recipe: Recipe,
+        layout: Layout,
+        find_rows: Callable[[list[dict[str, Any]]], list[str]],
+        report: Callable[..., None],
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            find_rows: the names of the data rows that batches were made of.
+            report: takes the name of an event and its facts.
+        """
         self.recipe = recipe
         self.layout = layout
         self.allocators: list[RankAllocator] = []
@@ -50,6 +100,13 @@ class BandedTrainer(SFTTrainer):
         self.step_regularizer = 0.0
         self.grad_norm = 0.0
         self._num_non_finite = 0  # steps in a row
+        self._zero: ZeroAccess | None = None
+        self.micro_batch: int | None = None  # rows that go through the model at once, after running out of memory
+        self._stopped = False
+        self.evaluation_pending = False  # a signal came before the evaluation of this step was done
+        self._step_inputs: list[dict[str, Any]] = []
+        self._tokens_before_step = 0
+        self._find_rows, self._report = find_rows, report
         self._triplets = {
             row.module: Triplets(
                 module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, module.lora_lambda[ADAPTER]
@@ -126,6 +183,27 @@ class BandedTrainer(SFTTrainer):
             )
         return loader
 
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        """As transformers', in an order that does not depend on how batches are split among processes."""
+        strategy = self.args.train_sampling_strategy if is_training else "sequential"
+        if strategy == "batch_rebalance":  # it makes batches itself
+            return super()._get_dataloader(
+                dataset, description, batch_size, sampler_fn, is_training, dataloader_key
+            )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        order = EpochOrder(
+            len(dataset),
+            strategy=strategy,
+            seed=seed,
+            fill_to=1 if self.args.dataloader_drop_last else batch_size * self.args.world_size,
+            lengths=[len(ids) for ids in dataset["input_ids"]] if strategy == "group_by_length" else None,
+            step_rows=batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
+        )
+        rows = WithBlankRow(self._remove_unused_columns(dataset, description=description))
+        return super()._get_dataloader(rows, description, batch_size, lambda _: order, is_training, dataloader_key)
+
     def _refused(self, field: str, error: Exception, hint: str | None = None) -> RecipeError:
         given = getattr(self.recipe.training, field)
         return RecipeError(f"training.{field} {given}: {' '.join(str(error).split())}", hint=hint)
@@ -133,8 +211,27 @@ class BandedTrainer(SFTTrainer):
     # ---- AdaLoRA ----
 
     def _prepare_for_training(self, max_steps: int, train_dataloader, resume_from_checkpoint):
+        if self.is_deepspeed_enabled and resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)  # before DeepSpeed copies the weights
+        if (
+            self.is_deepspeed_enabled
+            and self.recipe.model.dtype == "bfloat16"
+            and self.recipe.training.bf16 is not False
+        ):
+            # Inside of DeepSpeed's forward, which ends an autocast that it did not begin.
+            forward = torch.autocast(self.args.device.type, torch.bfloat16)(self.model.forward)
+            self.model.forward = forward
         self._start_allocators(max_steps, resume_from_checkpoint)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # transformers would look for a checkpoint of DeepSpeed's own; ours is loaded below.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.is_deepspeed_enabled:
+            engine = self.accelerator.deepspeed_engine_wrapped.engine
+            self._zero = ZeroAccess(engine)
+            for allocator in self.allocators:
+                allocator.access = self._zero
+            watch_step(engine, self._finish_gradients)
+        if resume_from_checkpoint is not None:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
         self._checkpoint_chosen_layers()
         return prepared
 
@@ -161,7 +258,7 @@ class BandedTrainer(SFTTrainer):
             for band in self._adalora_bands()
         ]
         if resume_from_checkpoint is not None and self.allocators:
-            state = load_file(str(Path(resume_from_checkpoint) / ALLOCATORS))
+            state = read_tensors(Path(resume_from_checkpoint) / ALLOCATORS)
             for allocator in self.allocators:
                 prefix = f"{allocator.band}:"
                 own = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
@@ -187,16 +284,97 @@ class BandedTrainer(SFTTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """One micro-batch; after the last one of a step, AdaLoRA's scores and regulariser. Returns the loss."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.step_loss += loss.item()
-        if not math.isfinite(self.step_loss):
-            raise NonFiniteError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the step was not taken",
-                hint="lower the learning rate, or look at the batch: the event log has the step",
-            )
-        if self.accelerator.sync_gradients:
+        if not self._step_inputs:
+            self._tokens_before_step = self._total_train_tokens
+        self._step_inputs.append(inputs)
+        failure = None
+        try:
+            loss = self._in_parts(model, inputs, num_items_in_batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not self._can_split():
+                raise
+            failure = str(error).splitlines()[0]  # not the error itself: its frames hold the tensors
+        if failure is not None:
+            loss = self._again_in_smaller_parts(model, num_items_in_batch, failure)
+        if not math.isfinite(self.step_loss) and not is_several():
+            raise self._non_finite("loss", self.step_loss, [inputs])
+        if self.accelerator.sync_gradients and self._zero is None:  # DeepSpeed's step is watched, and is over
             self._finish_gradients()
         return loss
+
+    def _in_parts(self, model, inputs, num_items_in_batch) -> Tensor:
+        """The batch at once or, after running out of memory, in parts of `micro_batch` rows."""
+        parts = split_batch(inputs, self.micro_batch)
+        assert len(parts) == 1 or num_items_in_batch is not None  # or the parts would not add up
+        loss = torch.zeros((), device=self.args.device)
+        for part in parts:
+            part_loss = super().training_step(model, part, num_items_in_batch)
+            self.step_loss += part_loss.item()
+            loss = loss + part_loss
+        return loss
+
+    def _can_split(self) -> bool:
+        """Whether fewer rows can go through the model: several processes would have to agree in mid-step."""
+        rows = len(self._step_inputs[-1]["input_ids"])
+        return self.recipe.distributed.is_single and min(rows, self.micro_batch or rows) > 1
+
+    def _again_in_smaller_parts(self, model, num_items_in_batch, failure: str) -> Tensor:
+        """Take the micro-batches of this step again, in parts of half as many rows: an exact retry."""
+        rows = len(self._step_inputs[-1]["input_ids"])
+        was = min(rows, self.micro_batch or rows)
+        self.micro_batch = (was + 1) // 2
+        self._report(
+            "out_of_memory",
+            step=self.state.global_step + 1,
+            rows=was,
+            rows_from_now_on=self.micro_batch,
+            message=failure,
+        )
+        model.zero_grad()
+        self.step_loss, self._total_train_tokens = 0.0, self._tokens_before_step
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        failure_again = None
+        try:
+            for inputs in self._step_inputs:
+                loss = self._in_parts(model, inputs, num_items_in_batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or self.micro_batch == 1:
+                raise
+            failure_again = str(error).splitlines()[0]
+        if failure_again is not None:
+            return self._again_in_smaller_parts(model, num_items_in_batch, failure_again)
+        return loss
+
+    def stop(self) -> None:
+        """Have the training end here; `was_stopped` says so afterwards."""
+        self._stopped = self.control.should_training_stop = True
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether a signal ended the training before its last step."""
+        return self._stopped and self.state.global_step < self.state.max_steps
+
+    def begin_step(self) -> None:
+        """Forget the figures and batches of the step that was taken."""
+        self.step_loss = self.step_regularizer = 0.0
+        self._step_inputs = []
+
+    def rows_of_step(self) -> list[str]:
+        """The data rows of the step under way, in all processes."""
+        return [row for rows in gather(self._find_rows(self._step_inputs)) for row in rows]
+
+    def _non_finite(self, what: str, value: float, batches: list[dict[str, Any]]) -> NonFiniteError:
+        rows = [row for rows in gather(self._find_rows(batches)) for row in rows]
+        step = self.state.global_step + 1
+        self._report("non_finite", step=step, what=what, value=value, rows=rows)
+        shown = ", ".join(rows[:8]) + (" …" if len(rows) > 8 else "")
+        look = f", or look at the rows of the batch: {shown}" if rows else ""
+        return NonFiniteError(
+            f"the {what} is {value} at step {step}; the step was not taken",
+            hint=f"lower training.learning_rate{look}",
+        )
 
     def _finish_gradients(self) -> None:
         """Gradients are complete here, not yet clipped, and the weights not yet updated.
@@ -213,21 +391,24 @@ class BandedTrainer(SFTTrainer):
             if settings.regularizer_weight > 0:
                 triplets = [self._triplets[row.module] for row in self.layout.of_band(band.band)]
                 pairs = [(t.p, t.q) for t in triplets]
-                self.step_regularizer += add_regularizer(pairs, settings.regularizer_weight, scale).item()
+                access = allocator.access
+                self.step_regularizer += add_regularizer(pairs, settings.regularizer_weight, scale, access).item()
             if still_choosing and settings.regularizer_in_scores:
                 allocator.observe(scale)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         self.grad_norm = float(grad_norm)
+        if is_several():  # each has trl's loss of its own rows, times the number of processes
+            losses = gather(self.step_loss)
+            self.step_loss = sum(losses) / len(losses)
         self._num_non_finite = 0 if math.isfinite(self.grad_norm) else self._num_non_finite + 1
         # fp16's loss scaler skips such a step and halves its factor; when that does not help, nothing will.
         if self._num_non_finite > (_MOST_SKIPPED_STEPS if self.args.fp16 else 0):
-            raise NonFiniteError(
-                f"the gradient norm is {self.grad_norm} at step {self.state.global_step + 1}; "
-                "the step was not taken",
-                hint="lower the learning rate or training.max_grad_norm",
-            )
+            # Several processes meet here: one's loss has become the gradient of all.
+            lossless = math.isfinite(self.step_loss)
+            what, value = ("gradient norm", self.grad_norm) if lossless else ("loss", self.step_loss)
+            raise self._non_finite(what, value, self._step_inputs)
         return grad_norm
 
     def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, **kwargs):
@@ -291,7 +472,9 @@ class BandedTrainer(SFTTrainer):
         """
         self._log_probability, self._num_scored = 0.0, 0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics[f"{metric_key_prefix}_loss"] = -self._log_probability / max(1, self._num_scored)
+        sums = gather((self._log_probability, self._num_scored))
+        log_probability, num_scored = (sum(parts) for parts in zip(*sums, strict=True))
+        output.metrics[f"{metric_key_prefix}_loss"] = -log_probability / max(1, num_scored)
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -309,26 +492,112 @@ class BandedTrainer(SFTTrainer):
 
     # ---- checkpoints ----
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        save_weights(self.model, self.layout, folder)
-        state = {f"{a.band}:{key}": value for a in self.allocators for key, value in a.state_dict().items()}
-        if state:
-            save_file({key: value.cpu() for key, value in state.items()}, str(folder / ALLOCATORS))
-
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
+        """A checkpoint of our own: gathered from all processes, written by the first, whole or not at all."""
+        self.store_flos()
+        named = trained_tensors(self.model, self.layout)
+        states: dict[str, Tensor] = {}
+        numbers: dict[str, Any] = {}
+        rng = [random_state()]
+        if not self.args.save_only_model or self.control.should_training_stop:  # a stopped run goes on
+            states, optimizer = optimizer_content(self._base_optimizer(), named, self._zero)
+            scaler = getattr(self.accelerator, "scaler", None)
+            numbers = {
+                "processes": place().world,
+                "optimizer": optimizer,
+                "scheduler": self.lr_scheduler.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "num_train_tokens": self._total_train_tokens,
+                "micro_batch": self.micro_batch,
+                "evaluation_pending": self.evaluation_pending,
+            }
+            rng = gather(rng[0])
+        if is_several() and not place().is_main:
+            agree(lambda: None)
+        else:
+            agree(lambda: self._write_checkpoint(named, states, rng, numbers))
+        self.state.best_model_checkpoint = self._best_checkpoint()
+
+    def _write_checkpoint(self, named, states, rng, numbers) -> None:
         checkpoints, step = Path(self.args.output_dir), self.state.global_step
-        seal(checkpoints / f"checkpoint-{step}")
+        with staged(checkpoints, step) as folder:
+            write_tensors(folder / WEIGHTS, named, {"format": "pt"})
+            write_bytes(folder / LAYOUT, self.layout.to_json().encode())
+            scores = {f"{a.band}:{key}": value for a in self.allocators for key, value in a.state_dict().items()}
+            if scores:
+                write_tensors(folder / ALLOCATORS, scores)
+            if numbers:
+                write_state(folder, tensors=states, rng=rng, numbers=numbers)
+            self.state.best_model_checkpoint = self._best_checkpoint(step)
+            self._take_callback_states()
+            text = json.dumps(redacted_values(dataclasses.asdict(self.state)), indent=2, sort_keys=True) + "\n"
+            write_bytes(folder / TRAINER_STATE_NAME, text.encode())
         best, limit = self.state.best_model_checkpoint, self.recipe.training.save_total_limit
-        prune(checkpoints, newest=step, limit=limit, keep=Path(best) if best else None)
+        prune(checkpoints, newest=step, limit=limit, keep=checkpoints / Path(best).name if best else None)
+
+    def _best_checkpoint(self, being_written: int | None = None) -> str | None:
+        step = self.state.best_global_step
+        if not step:
+            return self.state.best_model_checkpoint
+        best = Path(self.args.output_dir) / f"checkpoint-{step}"
+        return str(best) if step == being_written or best.is_dir() else self.state.best_model_checkpoint
+
+    def _take_callback_states(self) -> None:
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, state = type(callback).__name__, callback.state()
+                if isinstance(self.state.stateful_callbacks[name], list):
+                    self.state.stateful_callbacks[name].append(state)
+                else:
+                    self.state.stateful_callbacks[name] = state
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        """torch's optimizer, below the wrappers of accelerate and DeepSpeed."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer.optimizer if self._zero else optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_weights(self.model, self.layout, Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
+        folder = Path(checkpoint)
+        numbers = read_numbers(folder)
+        named = trained_tensors(self.model, self.layout)
+        restore_optimizer(self._base_optimizer(), named, self._zero, folder, numbers["optimizer"])
+        self.lr_scheduler.load_state_dict(numbers["scheduler"])
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and numbers["scaler"]:
+            scaler.load_state_dict(numbers["scaler"])
+        self.micro_batch = numbers["micro_batch"]
+        self.evaluation_pending = numbers["evaluation_pending"]
+
+    def _run_epoch(self, model, epoch, train_dataloader, **others) -> None:
+        if self.evaluation_pending:  # the evaluation that a signal came before, and what follows from it
+            self.evaluation_pending = False
+            self.control.should_evaluate = self.control.should_save = True
+            self._maybe_log_save_evaluate(self._tr_loss, None, model, None, epoch, None, others["start_time"])
+            if self.control.should_training_stop:
+                return
+        super()._run_epoch(model, epoch, train_dataloader, **others)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, *others, **more) -> None:
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *others, **more)
+        except EvaluationStopped:
+            self.evaluation_pending = True
+            self.stop()
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _load_rng_state(self, checkpoint: str) -> None:
+        if not restore_random_state(Path(checkpoint), place().rank):  # there are more processes than before
+            set_seed(self.args.seed + self.state.global_step + place().rank)
+
     def _load_best_model(self) -> None:
         self._use_averaged_weights()  # or the optimizer would do it later, to the weights that are loaded here
-        load_weights(self.model, self.layout, Path(self.state.best_model_checkpoint))
+        # By name alone: a state that was tampered with must not lead elsewhere, nor one that was moved.
+        best = Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name
+        load_weights(self.model, self.layout, best, self._zero or DIRECT)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """No card: trl's names local paths."""

@@ -170,9 +170,3 @@ def test_checkpointing_changes_no_loss(tmp_path: Path, tiny_model_folder: Path):
         run = run_sft(loaded, console=Console(quiet=True)).run
         losses[name] = [record["loss"] for record in read_events(run.events_file, "step")]
     assert losses["none"] == pytest.approx(losses["some"], rel=1e-6)
-
-
-def test_several_processes_are_planned_but_not_trained_with(tmp_path: Path, tiny_model_folder: Path):
-    loaded = run_recipe(tmp_path, tiny_model_folder, distributed={"processes": 2, "zero_stage": 2})
-    with pytest.raises(Exception, match="not trained with in this version"):
-        run_sft(loaded, console=Console(quiet=True))

@@ -306,6 +306,8 @@ def test_gradients_that_never_become_finite_stop_an_fp16_run():
         SimpleNamespace(global_step=9),
     )
     trainer.accelerator = SimpleNamespace(distributed_type="NO")
+    trainer.step_loss, trainer._step_inputs = 1.0, []
+    trainer._find_rows, trainer._report = (lambda batches: []), (lambda event, **facts: None)
     for norm in [math.inf] * 30 + [1.0] + [math.nan] * 30:
         trainer._get_grad_norm(None, norm)
     with pytest.raises(NonFiniteError, match="step 10"):

@@ -69,7 +69,7 @@ class RecordSteps(TrainerCallback):
             record["live_ranks"] = trainer.live_ranks()
         self._events.write("step", **record)
         self._display.step(record)
-        trainer.step_loss = trainer.step_regularizer = 0.0
+        trainer.begin_step()
         self._started, self._tokens = time.perf_counter(), trainer.num_train_tokens
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:

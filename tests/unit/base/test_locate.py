@@ -100,7 +100,7 @@ def test_paths_that_look_local_never_go_to_the_hub(path, tmp_path, monkeypatch):
     assert "hub id" in refused(path, "there is no ")
 
 
-@pytest.mark.parametrize("path", ["x" * 5000, "~no_such_user_at_all/x", "a\0b"])
+@pytest.mark.parametrize("path", ["x" * 5000, "~no_such_user_at_all/x"])
 def test_impossible_paths(path):
     refused(path, "cannot be looked at|there is no")
 

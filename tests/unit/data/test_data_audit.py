@@ -1,9 +1,8 @@
-"""The audit: every row accounted for, every fault with its number, and a stop where too little is usable."""
+"""The audit: every row accounted for, repairs and duplicates counted, and a stop where nothing is usable."""
 
 from __future__ import annotations
 
 import json
-import random
 import tempfile
 from pathlib import Path
 
@@ -32,45 +31,6 @@ FAULTS = {
     "no assistant turn": chat("a", "b", roles=("user", "user")),
     "more than one system message": {"messages": [SYSTEM, SYSTEM, *chat("a", "b")["messages"]]},
 }
-
-
-@pytest.fixture
-def thousand_rows(write_jsonl):
-    """A file of 1,000 rows of which 170 are faulty, the expected row numbers, and the good answers."""
-    rows = [chat(f"question {i}", f"answer {i}", f"more {i}", f"reply {i}") for i in range(1000)]
-    numbers = random.Random(5).sample(range(1, 1001), 170)
-    expected = {reason: sorted(numbers[i * 17 : (i + 1) * 17]) for i, reason in enumerate(FAULTS)}
-    for reason, places in expected.items():
-        for place in places:
-            rows[place - 1] = FAULTS[reason]
-    good = [f"answer {i}<|im_end|>\nreply {i}<|im_end|>\n" for i in range(1000) if i + 1 not in numbers]
-    return write_jsonl(rows), expected, good
-
-
-def test_exactly_the_faulty_rows_are_reported(prepare, thousand_rows, trained_text):
-    path, expected, good = thousand_rows
-    prepared = prepare({"sources": path, "max_dropped_fraction": 0.2})
-    account = prepared.audit.to_dict()["sources"][0]
-    assert {reason: entry["rows"] for reason, entry in account["dropped_by_reason"].items()} == expected
-    assert all(entry["count"] == 17 for entry in account["dropped_by_reason"].values())
-    assert all(entry["first_rows"] == entry["rows"][:10] for entry in account["dropped_by_reason"].values())
-    assert (account["rows_in"], account["kept"], account["repaired"], account["dropped"]) == (1000, 830, 0, 170)
-    # every turn of every kept row is trained, in the file's order
-    assert [trained_text(row) for row in prepared.train] == good
-    assert all(any(label != -100 for label in row["labels"]) for row in prepared.train)
-
-
-def test_too_many_dropped_rows_stop_the_run(prepare, thousand_rows):
-    path, expected, _ = thousand_rows
-    with pytest.raises(DataError) as caught:
-        prepare(path)
-    message = str(caught.value)
-    assert "170 of 1,000 rows (17.0%) cannot be used; the limit is 5.0%" in message
-    for reason, numbers in expected.items():
-        assert f"17  {reason}: line {', '.join(map(str, numbers[:10]))} and 7 more" in message
-    assert "data.max_dropped_fraction: 0.17" in caught.value.hint
-    assert caught.value.where == path
-    prepare({"sources": path, "max_dropped_fraction": 0.17})  # what the hint says is enough
 
 
 def test_the_format_is_found_behind_faulty_first_rows(prepare, write_jsonl):

@@ -113,24 +113,3 @@ def test_packing_that_splits_gets_whole_texts(prepare, write_jsonl, strategy):
     packed = pack_dataset(prepared.train, 32, strategy)
     assert sum(map(len, packed["input_ids"])) == tokens
     assert prepare(rows, max_length=32, packing=True).audit.train[0].tokens == 3 * 32
-
-
-@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
-def test_every_packed_row_has_labels(prepare, write_jsonl, strategy):
-    rows = []
-    for i in range(300):
-        prompt = [{"role": "user", "content": f"question {i} " * (1 + i % 25)}]
-        rows.append({"messages": [*prompt, {"role": "assistant", "content": f"row {i}"}, *prompt]})
-    data = {"sources": write_jsonl(rows), "max_dropped_fraction": 0.5}
-    prepared = prepare(data, max_length=96)
-    source = prepared.audit.train[0]
-    assert source.truncated_rows and source.dropped
-    packed = pack_dataset(prepared.train, 96, strategy)
-    assert len(packed) < len(prepared.train)
-    assert sum(map(len, packed["input_ids"])) == source.tokens, "packing cuts nothing"
-    for row in packed:
-        assert len(row["input_ids"]) <= 96
-        place = 0
-        for length in row["seq_lengths"]:
-            assert any(label != -100 for label in row["labels"][place + 1 : place + length])
-            place += length

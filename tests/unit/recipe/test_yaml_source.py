@@ -1,9 +1,6 @@
-"""YAML reading: numbers, lines, and files made to hurt."""
+"""YAML reading: numbers, lines, anchors, and writing what reads back equal."""
 
 from __future__ import annotations
-
-import contextlib
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -55,45 +52,21 @@ def test_anchors_and_merge_keys_work():
     assert source.values["same"] == {"rank": 8, "alpha": 16}
 
 
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{b}: &{b} [{', '.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
-)
-
-
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        (BOMB, None, "aliases count"),
-        ("a: " + "[" * 5000 + "]" * 5000, 1, "nested deeper"),
-        ("a: 1\n" * 3, 2, "given twice"),
-        ("a:\n  b: 1\n  b: 2\n", 3, "given twice"),
-        ("a: !!python/object/apply:os.system ['true']", 1, "tags"),
-        ("a: !x 1", 1, "tags"),
         ("a: [1, 2", 1, "not valid YAML"),
         ("a: b: c", 1, "not valid YAML"),
-        ("a: *nowhere", 1, "alias"),
+        ("a: 1\nb: *nowhere", 2, "alias"),
         ("? [1, 2]\n: 3", 1, "key"),
-        ("- 1\n- 2", None, "mapping"),
-        ("just words", None, "mapping"),
-        ("a: 1\n---\nb: 2", 2, "second document"),
-        ("a: \x01", None, "not valid YAML"),
-        ("x" * 300_000, None, "larger than"),
+        ("~: 1", 1, "key"),
     ],
 )
-def test_hostile_files_are_one_quick_error(text, line, words):
-    began = time.perf_counter()
+def test_mistakes_name_their_line(text, line, words):
+    """tests/faults/test_hostile_recipes.py has what is no mistake."""
     with pytest.raises(RecipeError, match=words) as caught:
         parse_yaml(text, "bad.yaml")
-    assert time.perf_counter() - began < 0.5
-    if line is not None:
-        assert str(caught.value).startswith(f"bad.yaml:{line}: ")
-
-
-@given(st.text(max_size=200))
-@settings(max_examples=300, deadline=None)
-def test_any_text_parses_or_is_a_recipe_error(text):
-    with contextlib.suppress(RecipeError):
-        parse_yaml(text, "x")
+    assert str(caught.value).startswith(f"bad.yaml:{line}: ")
 
 
 PLAIN = st.recursive(

@@ -11,7 +11,7 @@ class QhybridError(Exception):
     """
 
     exit_code = 2
-    told_elsewhere = False  # another process prints it
+    told_elsewhere: bool | None = None  # whether another process prints it; None where it is the only one
 
     def __init__(self, message: str, *, hint: str | None = None, where: str | None = None) -> None:
         super().__init__(message)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -207,3 +209,29 @@ def recipe_error(text: str, overrides: Sequence[str] = ()) -> str:
     with pytest.raises(RecipeError) as caught:
         parse_recipe(text, "r.yaml", overrides)
     return str(caught.value)
+
+
+def cut_back(source: Path, target: Path, step: int) -> Path:
+    """Copy a finished run's folder to `target` as a crash right after checkpoint `step` would have left it."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "adapter")
+    for checkpoint in (target / "checkpoints").iterdir():
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    status = json.loads((target / "run.json").read_text())
+    (target / "run.json").write_text(json.dumps({**status, "status": "failed", "process": {}}))
+    recipe = (target / "recipe.yaml").read_text()
+    (target / "recipe.yaml").write_text(recipe.replace(f"output_dir: {source}", f"output_dir: {target}"))
+    lines = (target / "events.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line).get("step", 0) <= step and '"end"' not in line]
+    (target / "events.jsonl").write_text("\n".join(kept) + "\n")
+    return target
+
+
+def record_figure(item: int, name: str, figure: str) -> None:
+    """Add a measured figure of the reliability table to the file that QHYBRID_FIGURES names, if it does."""
+    file = os.environ.get("QHYBRID_FIGURES")
+    if file:
+        with open(file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"item": item, "name": name, "figure": figure}, ensure_ascii=False) + "\n")

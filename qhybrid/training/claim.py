@@ -149,7 +149,8 @@ def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     run = Run(Path(recipe.output_dir))
     if run.folder.exists() and not run.folder.is_dir():
         raise RunFolderError(f"output_dir {run.folder} is a file", hint="choose another output_dir")
-    if not run.folder.exists() or not any(run.folder.iterdir()):
+    # Of a process that was killed before its first file had a name.
+    if not run.folder.exists() or all(item.name == ".run.json.tmp" for item in run.folder.iterdir()):
         return
     if (run.folder / _REPLACED).is_dir() and run.status is None:
         return  # killed while a run was set aside or brought back; `claim` brings it back, and asks again

@@ -188,6 +188,8 @@ def together(do: Callable[[], T]) -> T:
             stopped = StoppedElsewhere(str(error))
             stopped.exit_code = failed[0][1]
             raise stopped from error
+        if isinstance(error, QhybridError):
+            error.told_elsewhere = False
         raise error
     if failed:
         stopped = StoppedElsewhere(f"process {failed[0][0]} failed")

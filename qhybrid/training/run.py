@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -80,11 +81,12 @@ class Run:
         return content if "status" in content and "qhybrid" in content["versions"] else None
 
 
-def begin(run: Run, recipe: Recipe, data_fingerprint: str, date: str) -> None:
-    """Write what is known before training.
+def begin(run: Run, recipe: Recipe, data_fingerprint: str, base: Mapping[str, Any], date: str) -> None:
+    """Write what is known before training; the status first, or the folder would not be known as a run's.
 
     Args:
         data_fingerprint: of the rows to train and to evaluate on.
+        base: what `check_base` found.
         date: what chat templates that write the date were told (ISO 8601).
 
     Raises:
@@ -97,15 +99,19 @@ def begin(run: Run, recipe: Recipe, data_fingerprint: str, date: str) -> None:
             hint="bring the old data files back, or start a new run in another output_dir; a chat template that "
             "reckons with the date makes other rows each day",
         )
-    write_atomically(run.recipe_file, dump_recipe(recipe))
     run.write_status("running", data_fingerprint=data_fingerprint, date=date)
+    write_atomically(run.base_file, json.dumps(base, indent=2) + "\n")
+    write_atomically(run.recipe_file, dump_recipe(recipe))
 
 
-def check_base(run: Run, base: Path) -> None:
-    """Hash the base model's weights into base.json; a resumed run must have the very same.
+def check_base(run: Run, base: Path) -> Mapping[str, Any]:
+    """Hash the base model's weights, for base.json; a resumed run must have the very same. Writes nothing.
 
     Args:
         base: the model's folder.
+
+    Returns:
+        Size and hash of each file.
 
     Raises:
         RunFolderError: the weights are not those that the run was started with.
@@ -120,7 +126,7 @@ def check_base(run: Run, base: Path) -> None:
                 f"the base model in {base} is not what the run in {run.folder} was started with: {difference}",
                 hint="bring the old files back, or start a new run in another output_dir",
             )
-    write_atomically(run.base_file, json.dumps(now, indent=2) + "\n")
+    return now
 
 
 def versions() -> dict[str, str]:
@@ -138,8 +144,12 @@ def write_atomically(file: Path, text: str) -> None:
     """Write `text`, redacted, so that a reader sees the old content or the new, never a part."""
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.unlink(missing_ok=True)  # of a killed process; or a link, which must not be followed
-    with temporary.open("x", encoding="utf-8") as stream:
-        stream.write(redacted(text))
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("x", encoding="utf-8") as stream:
+            stream.write(redacted(text))
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except BaseException:  # a full disk, or a signal
+        temporary.unlink(missing_ok=True)
+        raise

@@ -28,7 +28,7 @@ from qhybrid.base.load import load_base
 from qhybrid.base.locate import find_local, hub_commit, model_folder
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import PreparedData, prepare_data
-from qhybrid.errors import AllocationError, DataError, ModelError, RecipeError, TrainingError
+from qhybrid.errors import AllocationError, DataError, ModelError, QhybridError, RecipeError, TrainingError
 from qhybrid.planner.memory import zero_setup
 from qhybrid.planner.plan import Plan, RankCap
 from qhybrid.recipe.load import LoadedRecipe
@@ -105,6 +105,11 @@ def run_sft(
     try:
         with stop_signals(notify) as signals:
             result = _run(loaded, recipe, signals, resume=resume, overwrite=overwrite, console=console)
+    except QhybridError as error:
+        # What is wrong with the input is found by every process, and told by the first.
+        if error.told_elsewhere is None and error.exit_code == 2:
+            error.told_elsewhere = not here.is_main
+        raise
     except RuntimeError as error:
         if is_several() and not isinstance(error, torch.cuda.OutOfMemoryError) and lost_contact(error):
             raise StoppedElsewhere("another process is gone, and this one cannot go on alone") from error
@@ -218,8 +223,7 @@ def _prepare(
 def _begin(run: Run, prepared: _Prepared, base: Path, date: str) -> None:
     """Write what is known before training."""
     require_space(run.folder, checkpoint_bytes(prepared.recipe, prepared.layout))
-    check_base(run, base)
-    begin(run, prepared.recipe, prepared.data.fingerprint, date)
+    begin(run, prepared.recipe, prepared.data.fingerprint, check_base(run, base), date)
     write_atomically(run.layout_file, prepared.layout.to_json())
     write_plan(run, prepared.plan, prepared.expected)
     if prepared.deepspeed is not None:

@@ -35,14 +35,14 @@ from qhybrid.adapters.parameter_groups import parameter_groups
 from qhybrid.adapters.schedule import plan_schedules
 from qhybrid.architecture.layout import Layout
 from qhybrid.data.tokenize import has_trained_token
-from qhybrid.errors import NonFiniteError, RecipeError
+from qhybrid.errors import NonFiniteError, QhybridError, RecipeError
 from qhybrid.planner.workload import checkpointed_layers
 from qhybrid.recipe.schema import Recipe
 from qhybrid.redaction import redacted_values
 from qhybrid.training.checkpoint import prune, read_tensors, staged, write_bytes, write_tensors
 from qhybrid.training.memory import is_out_of_memory
 from qhybrid.training.order import EpochOrder, WithBlankRow
-from qhybrid.training.processes import agree, gather, is_several, place
+from qhybrid.training.processes import StoppedElsewhere, agree, gather, is_several, place
 from qhybrid.training.state import (
     optimizer_content,
     random_state,
@@ -353,8 +353,13 @@ class BandedTrainer(SFTTrainer):
 
     @property
     def was_stopped(self) -> bool:
-        """Whether a signal ended the training before its last step."""
-        return self._stopped and self.state.global_step < self.state.max_steps
+        """Whether a signal ended the training before its last step, or before the evaluation after it."""
+        return self._stopped and (self.state.global_step < self.state.max_steps or self.evaluation_pending)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped
 
     def begin_step(self) -> None:
         """Forget the figures and batches of the step that was taken."""
@@ -365,11 +370,13 @@ class BandedTrainer(SFTTrainer):
         """The data rows of the step under way, in all processes."""
         return [row for rows in gather(self._find_rows(self._step_inputs)) for row in rows]
 
-    def _non_finite(self, what: str, value: float, batches: list[dict[str, Any]]) -> NonFiniteError:
+    def _non_finite(self, what: str, value: float, batches: list[dict[str, Any]]) -> QhybridError:
         rows = [row for rows in gather(self._find_rows(batches)) for row in rows]
         step = self.state.global_step + 1
         self._report("non_finite", step=step, what=what, value=value, rows=rows)
         shown = ", ".join(rows[:8]) + (" …" if len(rows) > 8 else "")
+        if not place().is_main:
+            return StoppedElsewhere(f"the {what} is {value}")
         look = f", or look at the rows of the batch: {shown}" if rows else ""
         return NonFiniteError(
             f"the {what} is {value} at step {step}; the step was not taken",
@@ -425,14 +432,25 @@ class BandedTrainer(SFTTrainer):
                     self.create_optimizer_and_scheduler(state.max_steps)
                     self._load_optimizer_and_scheduler(resume_from_checkpoint)
                 evaluated = {entry["step"] for entry in state.log_history if "eval_loss" in entry}
-                if self.args.eval_strategy == "epoch" and state.global_step not in evaluated:
-                    self.evaluate()
+                missing = self.args.eval_strategy == "epoch" and state.global_step not in evaluated
+                if missing or read_numbers(Path(resume_from_checkpoint))["evaluation_pending"]:
+                    try:
+                        self._determine_best_metric(metrics=self.evaluate(), trial=None)
+                    except EvaluationStopped:  # its checkpoint is there already
+                        self.evaluation_pending = True
+                        self.stop()
+                        return TrainOutput(state.global_step, 0.0, {})
+                    state.best_model_checkpoint = self._best_checkpoint()
                 if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                     self._load_best_model()
                 return TrainOutput(state.global_step, 0.0, {})
-        return super()._inner_training_loop(
-            batch_size=batch_size, args=args, resume_from_checkpoint=resume_from_checkpoint, **kwargs
-        )
+        try:
+            return super()._inner_training_loop(
+                batch_size=batch_size, args=args, resume_from_checkpoint=resume_from_checkpoint, **kwargs
+            )
+        except EvaluationStopped:  # of eval_on_start: there is nothing new to save
+            self.stop()
+            return TrainOutput(self.state.global_step, 0.0, {})
 
     def _has_stopped_early(self, state: TrainerState) -> bool:
         stopper = state.stateful_callbacks.get("EarlyStoppingCallback")
@@ -574,6 +592,7 @@ class BandedTrainer(SFTTrainer):
     def _run_epoch(self, model, epoch, train_dataloader, **others) -> None:
         if self.evaluation_pending:  # the evaluation that a signal came before, and what follows from it
             self.evaluation_pending = False
+            self._load_rng_state(others["resume_from_checkpoint"])  # the checkpoint that follows holds it
             self.control.should_evaluate = self.control.should_save = True
             self._maybe_log_save_evaluate(self._tr_loss, None, model, None, epoch, None, others["start_time"])
             if self.control.should_training_stop:
@@ -585,6 +604,7 @@ class BandedTrainer(SFTTrainer):
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *others, **more)
         except EvaluationStopped:
             self.evaluation_pending = True
+            self.control.should_evaluate = False  # or it would begin again at the end of the epoch
             self.stop()
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)

@@ -6,9 +6,7 @@ the loss, packing, the optimizers and the schedulers are theirs.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,48 +15,27 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerState, set_seed
+from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_optimizer import is_optimizer_factory
-from transformers.trainer_utils import TrainOutput
-from trl import SFTTrainer
 
-from qhybrid.adapters.access import DIRECT
 from qhybrid.adapters.adalora import add_regularizer
 from qhybrid.adapters.allocator import RankAllocator, Triplets
 from qhybrid.adapters.attach import ADAPTER, adapted_modules, keep_adapter_values
-from qhybrid.adapters.dora import hold_norms, refresh_norms
-from qhybrid.adapters.folder import LAYOUT, WEIGHTS, load_weights, trained_tensors
+from qhybrid.adapters.dora import hold_norms
 from qhybrid.adapters.parameter_groups import parameter_groups
 from qhybrid.adapters.schedule import plan_schedules
 from qhybrid.architecture.layout import Layout
-from qhybrid.data.tokenize import has_trained_token
 from qhybrid.errors import NonFiniteError, QhybridError, RecipeError
 from qhybrid.planner.workload import checkpointed_layers
 from qhybrid.recipe.schema import Recipe
-from qhybrid.redaction import redacted_values
-from qhybrid.training.checkpoint import prune, read_tensors, staged, write_bytes, write_tensors
+from qhybrid.training.checkpoint import read_tensors
 from qhybrid.training.memory import is_out_of_memory
-from qhybrid.training.order import EpochOrder, WithBlankRow
-from qhybrid.training.processes import StoppedElsewhere, agree, gather, is_several, place
-from qhybrid.training.state import (
-    optimizer_content,
-    random_state,
-    read_numbers,
-    restore_optimizer,
-    restore_random_state,
-    write_state,
-)
+from qhybrid.training.processes import StoppedElsewhere, gather, is_several, place
+from qhybrid.training.trainer_checkpoints import ALLOCATORS, CheckpointingTrainer
 from qhybrid.training.zero import ZeroAccess, watch_step
 
-ALLOCATORS = "allocators.safetensors"
 _MOST_SKIPPED_STEPS = 30  # fp16: the loss scale starts at 2^16 and is halved each time
-
-
-class EvaluationStopped(Exception):
-    """A signal came during an evaluation in training."""
 
 
 def split_batch(inputs: dict[str, Any], rows: int | None) -> list[dict[str, Any]]:
@@ -75,7 +52,7 @@ def split_batch(inputs: dict[str, Any], rows: int | None) -> list[dict[str, Any]
     ]
 
 
-class BandedTrainer(SFTTrainer):
+class BandedTrainer(CheckpointingTrainer):
     """Trains a model that `adapters.attach` prepared, as its recipe and layout say."""
 
     def __init__(
@@ -116,13 +93,6 @@ class BandedTrainer(SFTTrainer):
         }
         with keep_adapter_values(model):
             super().__init__(model=model, **kwargs)
-
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """trl's packing of the tokenised rows; a pack that was cut out of prompts alone is left out."""
-        prepared = super()._prepare_dataset(
-            dataset, processing_class, args, packing, formatting_func, dataset_name
-        )
-        return prepared.filter(lambda row: has_trained_token(row["labels"])) if packing else prepared
 
     # ---- optimizer ----
 
@@ -169,41 +139,6 @@ class BandedTrainer(SFTTrainer):
             hint = "look at training.lr_scheduler_kwargs and training.warmup_steps"
             raise self._refused("lr_scheduler_type", error, hint) from None
 
-    def get_train_dataloader(self):
-        """As transformers'; what torch refuses, and batches that never fill, are mistakes in the recipe."""
-        try:
-            loader = super().get_train_dataloader()
-        except ValueError as error:
-            raise RecipeError(f"training.dataloader_…: {' '.join(str(error).split())}") from None
-        if len(loader) == 0:
-            raise RecipeError(
-                f"{len(self.train_dataset)} rows do not fill one batch of {self._train_batch_size}, and "
-                "training.dataloader_drop_last leaves the rest out",
-                hint="lower training.per_device_train_batch_size, or leave dataloader_drop_last out",
-            )
-        return loader
-
-    def _get_dataloader(
-        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
-    ):
-        """As transformers', in an order that does not depend on how batches are split among processes."""
-        strategy = self.args.train_sampling_strategy if is_training else "sequential"
-        if strategy == "batch_rebalance":  # it makes batches itself
-            return super()._get_dataloader(
-                dataset, description, batch_size, sampler_fn, is_training, dataloader_key
-            )
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        order = EpochOrder(
-            len(dataset),
-            strategy=strategy,
-            seed=seed,
-            fill_to=1 if self.args.dataloader_drop_last else batch_size * self.args.world_size,
-            lengths=[len(ids) for ids in dataset["input_ids"]] if strategy == "group_by_length" else None,
-            step_rows=batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
-        )
-        rows = WithBlankRow(self._remove_unused_columns(dataset, description=description))
-        return super()._get_dataloader(rows, description, batch_size, lambda _: order, is_training, dataloader_key)
-
     def _refused(self, field: str, error: Exception, hint: str | None = None) -> RecipeError:
         given = getattr(self.recipe.training, field)
         return RecipeError(f"training.{field} {given}: {' '.join(str(error).split())}", hint=hint)
@@ -232,6 +167,8 @@ class BandedTrainer(SFTTrainer):
             watch_step(engine, self._finish_gradients)
         if resume_from_checkpoint is not None:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        elif is_several():
+            set_seed(self.args.seed + place().rank)  # or dropout would drop the same values in all processes
         self._checkpoint_chosen_layers()
         return prepared
 
@@ -418,47 +355,6 @@ class BandedTrainer(SFTTrainer):
             raise self._non_finite(what, value, self._step_inputs)
         return grad_norm
 
-    def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, **kwargs):
-        """As transformers'; but from a checkpoint at the end, only what came after that is made up for.
-
-        transformers would train one step further.
-        """
-        if resume_from_checkpoint is not None:
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            if state.global_step >= state.max_steps or self._has_stopped_early(state):
-                self.state = state
-                self._start_allocators(state.max_steps, resume_from_checkpoint)
-                if self.recipe.training.optim.startswith("schedule_free"):  # the result is in its state
-                    self.create_optimizer_and_scheduler(state.max_steps)
-                    self._load_optimizer_and_scheduler(resume_from_checkpoint)
-                evaluated = {entry["step"] for entry in state.log_history if "eval_loss" in entry}
-                missing = self.args.eval_strategy == "epoch" and state.global_step not in evaluated
-                if missing or read_numbers(Path(resume_from_checkpoint))["evaluation_pending"]:
-                    try:
-                        self._determine_best_metric(metrics=self.evaluate(), trial=None)
-                    except EvaluationStopped:  # its checkpoint is there already
-                        self.evaluation_pending = True
-                        self.stop()
-                        return TrainOutput(state.global_step, 0.0, {})
-                    state.best_model_checkpoint = self._best_checkpoint()
-                if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                    self._load_best_model()
-                return TrainOutput(state.global_step, 0.0, {})
-        try:
-            return super()._inner_training_loop(
-                batch_size=batch_size, args=args, resume_from_checkpoint=resume_from_checkpoint, **kwargs
-            )
-        except EvaluationStopped:  # of eval_on_start: there is nothing new to save
-            self.stop()
-            return TrainOutput(self.state.global_step, 0.0, {})
-
-    def _has_stopped_early(self, state: TrainerState) -> bool:
-        stopper = state.stateful_callbacks.get("EarlyStoppingCallback")
-        if stopper is None or self.recipe.training.early_stopping_patience is None:
-            return False
-        waited = stopper["attributes"]["early_stopping_patience_counter"]
-        return waited >= self.recipe.training.early_stopping_patience
-
     def train(self, *args, **kwargs):
         """As transformers' train; DoRA's norms are computed once for each optimizer step."""
         with hold_norms(self.model):
@@ -470,154 +366,3 @@ class BandedTrainer(SFTTrainer):
         """Schedule-free optimizers train on other weights than their result, which `eval` puts in place."""
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
-
-    # ---- evaluation ----
-
-    def evaluate(self, *args, **kwargs):
-        """As trl's evaluate; the random state is put back, so that evaluating does not change the training."""
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        # Schedule-free optimizers swap the weights for the evaluation, so norms must not be kept across it.
-        refresh_norms(self.model)
-        with torch.random.fork_rng(devices):
-            metrics = super().evaluate(*args, **kwargs)
-        refresh_norms(self.model)
-        return metrics
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """As transformers'; its loss is the cross-entropy of a token, whatever the batches and the training loss.
-
-        transformers takes the mean over batches, in which the tokens of a short batch weigh more.
-        """
-        self._log_probability, self._num_scored = 0.0, 0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = gather((self._log_probability, self._num_scored))
-        log_probability, num_scored = (sum(parts) for parts in zip(*sums, strict=True))
-        output.metrics[f"{metric_key_prefix}_loss"] = -log_probability / max(1, num_scored)
-        return output
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As trl's; the log-probabilities of the batch, from trl's fused head, are added for `evaluation_loop`."""
-        outputs: list[Any] = []
-        hook = model.register_forward_hook(lambda module, arguments, output: outputs.append(output))
-        try:
-            prediction = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            hook.remove()
-        fused = outputs[-1]  # before it comes, with label smoothing, a pass for the loss alone
-        self._log_probability += fused.log_probs.sum(dtype=torch.float64).item()
-        self._num_scored += int(fused.label_mask.sum())
-        return prediction
-
-    # ---- checkpoints ----
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """A checkpoint of our own: gathered from all processes, written by the first, whole or not at all."""
-        self.store_flos()
-        named = trained_tensors(self.model, self.layout)
-        states: dict[str, Tensor] = {}
-        numbers: dict[str, Any] = {}
-        rng = [random_state()]
-        if not self.args.save_only_model or self.control.should_training_stop:  # a stopped run goes on
-            states, optimizer = optimizer_content(self._base_optimizer(), named, self._zero)
-            scaler = getattr(self.accelerator, "scaler", None)
-            numbers = {
-                "processes": place().world,
-                "optimizer": optimizer,
-                "scheduler": self.lr_scheduler.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "num_train_tokens": self._total_train_tokens,
-                "micro_batch": self.micro_batch,
-                "evaluation_pending": self.evaluation_pending,
-            }
-            rng = gather(rng[0])
-        if is_several() and not place().is_main:
-            agree(lambda: None)
-        else:
-            agree(lambda: self._write_checkpoint(named, states, rng, numbers))
-        self.state.best_model_checkpoint = self._best_checkpoint()
-
-    def _write_checkpoint(self, named, states, rng, numbers) -> None:
-        checkpoints, step = Path(self.args.output_dir), self.state.global_step
-        with staged(checkpoints, step) as folder:
-            write_tensors(folder / WEIGHTS, named, {"format": "pt"})
-            write_bytes(folder / LAYOUT, self.layout.to_json().encode())
-            scores = {f"{a.band}:{key}": value for a in self.allocators for key, value in a.state_dict().items()}
-            if scores:
-                write_tensors(folder / ALLOCATORS, scores)
-            if numbers:
-                write_state(folder, tensors=states, rng=rng, numbers=numbers)
-            self.state.best_model_checkpoint = self._best_checkpoint(step)
-            self._take_callback_states()
-            text = json.dumps(redacted_values(dataclasses.asdict(self.state)), indent=2, sort_keys=True) + "\n"
-            write_bytes(folder / TRAINER_STATE_NAME, text.encode())
-        best, limit = self.state.best_model_checkpoint, self.recipe.training.save_total_limit
-        prune(checkpoints, newest=step, limit=limit, keep=checkpoints / Path(best).name if best else None)
-
-    def _best_checkpoint(self, being_written: int | None = None) -> str | None:
-        step = self.state.best_global_step
-        if not step:
-            return self.state.best_model_checkpoint
-        best = Path(self.args.output_dir) / f"checkpoint-{step}"
-        return str(best) if step == being_written or best.is_dir() else self.state.best_model_checkpoint
-
-    def _take_callback_states(self) -> None:
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                name, state = type(callback).__name__, callback.state()
-                if isinstance(self.state.stateful_callbacks[name], list):
-                    self.state.stateful_callbacks[name].append(state)
-                else:
-                    self.state.stateful_callbacks[name] = state
-
-    def _base_optimizer(self) -> torch.optim.Optimizer:
-        """torch's optimizer, below the wrappers of accelerate and DeepSpeed."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return optimizer.optimizer if self._zero else optimizer
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        load_weights(self.model, self.layout, Path(resume_from_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
-        folder = Path(checkpoint)
-        numbers = read_numbers(folder)
-        named = trained_tensors(self.model, self.layout)
-        restore_optimizer(self._base_optimizer(), named, self._zero, folder, numbers["optimizer"])
-        self.lr_scheduler.load_state_dict(numbers["scheduler"])
-        scaler = getattr(self.accelerator, "scaler", None)
-        if scaler is not None and numbers["scaler"]:
-            scaler.load_state_dict(numbers["scaler"])
-        self.micro_batch = numbers["micro_batch"]
-        self.evaluation_pending = numbers["evaluation_pending"]
-
-    def _run_epoch(self, model, epoch, train_dataloader, **others) -> None:
-        if self.evaluation_pending:  # the evaluation that a signal came before, and what follows from it
-            self.evaluation_pending = False
-            self._load_rng_state(others["resume_from_checkpoint"])  # the checkpoint that follows holds it
-            self.control.should_evaluate = self.control.should_save = True
-            self._maybe_log_save_evaluate(self._tr_loss, None, model, None, epoch, None, others["start_time"])
-            if self.control.should_training_stop:
-                return
-        super()._run_epoch(model, epoch, train_dataloader, **others)
-
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, *others, **more) -> None:
-        try:
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *others, **more)
-        except EvaluationStopped:
-            self.evaluation_pending = True
-            self.control.should_evaluate = False  # or it would begin again at the end of the epoch
-            self.stop()
-            self._save_checkpoint(model, trial)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
-    def _load_rng_state(self, checkpoint: str) -> None:
-        if not restore_random_state(Path(checkpoint), place().rank):  # there are more processes than before
-            set_seed(self.args.seed + self.state.global_step + place().rank)
-
-    def _load_best_model(self) -> None:
-        self._use_averaged_weights()  # or the optimizer would do it later, to the weights that are loaded here
-        # By name alone: a state that was tampered with must not lead elsewhere, nor one that was moved.
-        best = Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name
-        load_weights(self.model, self.layout, best, self._zero or DIRECT)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """No card: trl's names local paths."""

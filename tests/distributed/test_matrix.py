@@ -174,11 +174,11 @@ def test_the_docs_show_the_matrix(request, outcomes):
 _ABOUT_WORKS = """\
 Written by `./scripts/test --all --write-docs tests/distributed/test_matrix.py`. Each row is a run of a tiny LLaMA
 in NF4 with gradient checkpointing, five steps in two processes (gloo, CPU) with micro-batches of two. The last
-column is the largest difference of a step's loss from one process with micro-batches of four, at losses near 6; all
-processes held the same adapters, AdaLoRA scores and masks at the end. Not measured on CUDA with NCCL.""".splitlines()
+column is the largest difference of a step's loss from one process with micro-batches of four, at losses near 6;
+all processes held the same adapters, AdaLoRA scores and masks at the end. Not measured on CUDA with NCCL."""
 _ABOUT_REFUSED = """\
-`qhybrid plan` and `qhybrid sft` refuse these before anything is downloaded or started; the second column is part of
-the message.""".splitlines()
+`qhybrid plan` and `qhybrid sft` refuse these before anything is downloaded or started; the second column is part
+of the message."""
 
 
 def document(outcomes: dict[tuple, tuple[str, float]]) -> str:
@@ -192,7 +192,7 @@ def document(outcomes: dict[tuple, tuple[str, float]]) -> str:
         [
             "# What works together",
             "",
-            *_ABOUT_WORKS,
+            _ABOUT_WORKS,
             "",
             "| bands | dtype | ZeRO stage | offload | accumulation | | difference |",
             "|---|---|---|---|---|---|---|",
@@ -200,7 +200,7 @@ def document(outcomes: dict[tuple, tuple[str, float]]) -> str:
             "",
             "## Refused when it is planned",
             "",
-            *_ABOUT_REFUSED,
+            _ABOUT_REFUSED,
             "",
             "| what | message |",
             "|---|---|",

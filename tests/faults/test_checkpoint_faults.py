@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import builtins
 import errno
-import io
 import os
 import random
 import shutil
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import pytest
 from checkpoint_saver import LIMIT, SIZES, holds, save
+from disk import REAL_OPEN, FullDisk
+from helpers import record_figure
 
 from qhybrid.errors import RunFolderError
 from qhybrid.training.checkpoint import (
@@ -34,7 +35,6 @@ from qhybrid.training.checkpoint import (
 )
 
 SAVER = Path(__file__).with_name("checkpoint_saver.py")
-REAL_OPEN = builtins.open
 MIB = 2**20
 
 
@@ -44,12 +44,6 @@ def names(folder: Path) -> list[str]:
 
 def fingerprint(folder: Path) -> dict[str, bytes]:
     return {item.name: item.read_bytes() for item in folder.iterdir()}
-
-
-@pytest.fixture
-def everything(request: pytest.FixtureRequest) -> bool:
-    """Whether the sweeps run in full."""
-    return request.config.getoption("--all")
 
 
 # ---- killed at random moments ----
@@ -92,6 +86,10 @@ def test_killed_at_random_moments(tmp_path, everything):
         assert all(step_of(folder) > 0 and is_whole(folder) for folder in left)
         assert len(left) <= LIMIT + 1
     assert cut_short > 0, "no kill fell into a save"
+    number = 50 if everything else 12
+    record_figure(
+        1, "SIGKILL of a process that saves", f"{number}/{number} whole, {cut_short} killed inside a save"
+    )
 
 
 def test_killed_before_the_first_save(tmp_path, everything):
@@ -182,28 +180,6 @@ def test_killed_before_each_call(tmp_path):
 # ---- a full disk ----
 
 
-class FullDisk:
-    """Files written from now on share so many bytes of room; then the disk is full."""
-
-    def __init__(self, room: int) -> None:
-        self.room = room
-
-    def open(self, file, mode="r", *args, **kwargs):
-        if mode != "wb":
-            return REAL_OPEN(file, mode, *args, **kwargs)
-        disk = self
-
-        class File(io.FileIO):
-            def write(self, data) -> int:
-                fits = min(len(data), disk.room)
-                disk.room -= super().write(memoryview(data)[:fits])
-                if fits < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                return fits
-
-        return File(file, "w")
-
-
 @pytest.mark.parametrize("same_step", [False, True])
 def test_the_disk_fills_at_any_byte(tmp_path, monkeypatch, same_step):
     saved = save(tmp_path, 1)
@@ -220,6 +196,10 @@ def test_the_disk_fills_at_any_byte(tmp_path, monkeypatch, same_step):
         assert names(tmp_path) == ["checkpoint-1"]
         survived += fingerprint(saved) == untouched and is_whole(saved)
     assert survived == 20
+    what = "checkpoint files, the same step" if same_step else "checkpoint files, another step"
+    record_figure(
+        4, f"ENOSPC while writing ({what})", f"{survived}/20 previous checkpoints unchanged, no leftovers"
+    )
     monkeypatch.setattr(builtins, "open", FullDisk(room=total).open)
     assert holds(save(tmp_path, 2, version=1), version=1)
 
@@ -319,6 +299,9 @@ def test_every_flipped_bit_and_every_truncation_is_found(tmp_path, everything):
         file.write_bytes(whole)
         assert verify(folder) is None
     assert found == num_flips + num_cuts
+    record_figure(
+        7, "flips and truncations of a checkpoint's files", f"{found}/{num_flips + num_cuts} found and named"
+    )
 
 
 def test_every_bit_of_the_manifest_counts(tmp_path, everything):

@@ -7,7 +7,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from qhybrid.training.processes import any_of
 from qhybrid.training.signals import StopSignals
-from qhybrid.training.trainer import BandedTrainer, EvaluationStopped
+from qhybrid.training.trainer import BandedTrainer
+from qhybrid.training.trainer_checkpoints import EvaluationStopped
 
 
 class StopWhenAsked(TrainerCallback):

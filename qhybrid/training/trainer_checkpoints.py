@@ -1,0 +1,207 @@
+"""A trainer that saves and resumes with checkpoints of our own; transformers' are not trusted.
+
+It would write into the final folder, pick the highest number unchecked, and delete by time of change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput
+
+from qhybrid.adapters.access import DIRECT
+from qhybrid.adapters.allocator import RankAllocator
+from qhybrid.adapters.folder import LAYOUT, WEIGHTS, load_weights, trained_tensors
+from qhybrid.architecture.layout import Layout
+from qhybrid.recipe.schema import Recipe
+from qhybrid.redaction import redacted_values
+from qhybrid.training.checkpoint import prune, staged, write_bytes, write_tensors
+from qhybrid.training.processes import agree, gather, is_several, place
+from qhybrid.training.state import (
+    optimizer_content,
+    random_state,
+    read_numbers,
+    restore_optimizer,
+    restore_random_state,
+    write_state,
+)
+from qhybrid.training.trainer_rows import RowsTrainer
+from qhybrid.training.zero import ZeroAccess
+
+ALLOCATORS = "allocators.safetensors"
+
+
+class EvaluationStopped(Exception):
+    """A signal came during an evaluation in training."""
+
+
+class CheckpointingTrainer(RowsTrainer):
+    """What is saved, when, and what a resumed run makes up for."""
+
+    recipe: Recipe
+    layout: Layout
+    allocators: list[RankAllocator]
+    micro_batch: int | None  # rows that go through the model at once, after running out of memory
+    evaluation_pending: bool  # a signal came before the evaluation of this step was done
+    _zero: ZeroAccess | None
+
+    def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, **kwargs):
+        """As transformers'; but from a checkpoint at the end, only what came after that is made up for.
+
+        transformers would train one step further.
+        """
+        if resume_from_checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            if state.global_step >= state.max_steps or self._has_stopped_early(state):
+                self.state = state
+                self._start_allocators(state.max_steps, resume_from_checkpoint)
+                if self.recipe.training.optim.startswith("schedule_free"):  # the result is in its state
+                    self.create_optimizer_and_scheduler(state.max_steps)
+                    self._load_optimizer_and_scheduler(resume_from_checkpoint)
+                evaluated = {entry["step"] for entry in state.log_history if "eval_loss" in entry}
+                missing = self.args.eval_strategy == "epoch" and state.global_step not in evaluated
+                if missing or read_numbers(Path(resume_from_checkpoint))["evaluation_pending"]:
+                    try:
+                        self._determine_best_metric(metrics=self.evaluate(), trial=None)
+                    except EvaluationStopped:  # its checkpoint is there already
+                        self.evaluation_pending = True
+                        self.stop()
+                        return TrainOutput(state.global_step, 0.0, {})
+                    state.best_model_checkpoint = self._best_checkpoint()
+                if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                    self._load_best_model()
+                return TrainOutput(state.global_step, 0.0, {})
+        try:
+            return super()._inner_training_loop(
+                batch_size=batch_size, args=args, resume_from_checkpoint=resume_from_checkpoint, **kwargs
+            )
+        except EvaluationStopped:  # of eval_on_start: there is nothing new to save
+            self.stop()
+            return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _has_stopped_early(self, state: TrainerState) -> bool:
+        stopper = state.stateful_callbacks.get("EarlyStoppingCallback")
+        if stopper is None or self.recipe.training.early_stopping_patience is None:
+            return False
+        waited = stopper["attributes"]["early_stopping_patience_counter"]
+        return waited >= self.recipe.training.early_stopping_patience
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A checkpoint of our own: gathered from all processes, written by the first, whole or not at all."""
+        self.store_flos()
+        named = trained_tensors(self.model, self.layout)
+        states: dict[str, Tensor] = {}
+        numbers: dict[str, Any] = {}
+        rng = [random_state()]
+        if not self.args.save_only_model or self.control.should_training_stop:  # a stopped run goes on
+            states, optimizer = optimizer_content(self._base_optimizer(), named, self._zero)
+            scaler = getattr(self.accelerator, "scaler", None)
+            numbers = {
+                "processes": place().world,
+                "optimizer": optimizer,
+                "scheduler": self.lr_scheduler.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "num_train_tokens": self._total_train_tokens,
+                "micro_batch": self.micro_batch,
+                "evaluation_pending": self.evaluation_pending,
+            }
+            rng = gather(rng[0])
+        if is_several() and not place().is_main:
+            agree(lambda: None)
+        else:
+            agree(lambda: self._write_checkpoint(named, states, rng, numbers))
+        self.state.best_model_checkpoint = self._best_checkpoint()
+
+    def _write_checkpoint(self, named, states, rng, numbers) -> None:
+        checkpoints, step = Path(self.args.output_dir), self.state.global_step
+        with staged(checkpoints, step) as folder:
+            write_tensors(folder / WEIGHTS, named, {"format": "pt"})
+            write_bytes(folder / LAYOUT, self.layout.to_json().encode())
+            scores = {f"{a.band}:{key}": value for a in self.allocators for key, value in a.state_dict().items()}
+            if scores:
+                write_tensors(folder / ALLOCATORS, scores)
+            if numbers:
+                write_state(folder, tensors=states, rng=rng, numbers=numbers)
+            self.state.best_model_checkpoint = self._best_checkpoint(step)
+            self._take_callback_states()
+            text = json.dumps(redacted_values(dataclasses.asdict(self.state)), indent=2, sort_keys=True) + "\n"
+            write_bytes(folder / TRAINER_STATE_NAME, text.encode())
+        best, limit = self.state.best_model_checkpoint, self.recipe.training.save_total_limit
+        prune(checkpoints, newest=step, limit=limit, keep=checkpoints / Path(best).name if best else None)
+
+    def _best_checkpoint(self, being_written: int | None = None) -> str | None:
+        step = self.state.best_global_step
+        if not step:
+            return self.state.best_model_checkpoint
+        best = Path(self.args.output_dir) / f"checkpoint-{step}"
+        return str(best) if step == being_written or best.is_dir() else self.state.best_model_checkpoint
+
+    def _take_callback_states(self) -> None:
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, state = type(callback).__name__, callback.state()
+                if isinstance(self.state.stateful_callbacks[name], list):
+                    self.state.stateful_callbacks[name].append(state)
+                else:
+                    self.state.stateful_callbacks[name] = state
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        """torch's optimizer, below the wrappers of accelerate and DeepSpeed."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer.optimizer if self._zero else optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_weights(self.model, self.layout, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
+        folder = Path(checkpoint)
+        numbers = read_numbers(folder)
+        named = trained_tensors(self.model, self.layout)
+        restore_optimizer(self._base_optimizer(), named, self._zero, folder, numbers["optimizer"])
+        self.lr_scheduler.load_state_dict(numbers["scheduler"])
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and numbers["scaler"]:
+            scaler.load_state_dict(numbers["scaler"])
+        self.micro_batch = numbers["micro_batch"]
+        self.evaluation_pending = numbers["evaluation_pending"]
+
+    def _run_epoch(self, model, epoch, train_dataloader, **others) -> None:
+        if self.evaluation_pending:  # the evaluation that a signal came before, and what follows from it
+            self.evaluation_pending = False
+            self._load_rng_state(others["resume_from_checkpoint"])  # the checkpoint that follows holds it
+            self.control.should_evaluate = self.control.should_save = True
+            self._maybe_log_save_evaluate(self._tr_loss, None, model, None, epoch, None, others["start_time"])
+            if self.control.should_training_stop:
+                return
+        super()._run_epoch(model, epoch, train_dataloader, **others)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, *others, **more) -> None:
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *others, **more)
+        except EvaluationStopped:
+            self.evaluation_pending = True
+            self.control.should_evaluate = False  # or it would begin again at the end of the epoch
+            self.stop()
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _load_rng_state(self, checkpoint: str) -> None:
+        if not restore_random_state(Path(checkpoint), place().rank):  # there are more processes than before
+            set_seed(self.args.seed + self.state.global_step + place().rank)
+
+    def _load_best_model(self) -> None:
+        self._use_averaged_weights()  # or the optimizer would do it later, to the weights that are loaded here
+        # By name alone: a state that was tampered with must not lead elsewhere, nor one that was moved.
+        best = Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name
+        load_weights(self.model, self.layout, best, self._zero or DIRECT)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """No card: trl's names local paths."""

@@ -42,6 +42,7 @@ OWNED = {
     "dataset_text_field": "use data.sources[].columns",
     "pad_token": "the tokenizer's pad token is used",
     "hub_token": "log in with: hf auth login (a token does not belong in a recipe)",
+    "ignore_data_skip": "a resumed run would take other rows",
     "auto_find_batch_size": "it restarts training with weights that are already changed",
     "push_to_hub": "it would push checkpoints, not the adapter; use: hf upload NAME RUN/adapter",
     "hub_model_id": "use: hf upload NAME RUN/adapter",

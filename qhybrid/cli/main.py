@@ -86,7 +86,7 @@ def _main(arguments: list[str] | None) -> None:
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ or error  # click puts its Abort in the place of the signal
-        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # of several processes one says it
             print_error("interrupted")
         sys.exit(getattr(cause, "exit_code", 130))
     except BrokenPipeError:

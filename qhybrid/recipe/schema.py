@@ -223,7 +223,7 @@ class SourceSection(Section):
 
     path: Annotated[str, Field(min_length=1)]
     format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"] = "auto"
-    columns: Annotated[dict[str, str], Field(default_factory=dict)]  # our name: the file's name
+    columns: dict[str, str] = Field(default_factory=dict)  # our name: the file's name
     split: str = "train"  # hub data sets only
     subset: str | None = None  # hub data sets only: the configuration's name
     weight: Annotated[float, Field(gt=0)] | None = None
@@ -322,6 +322,14 @@ class Recipe(Section):
         training = self.training
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
         return batch * self.distributed.processes
+
+    @model_validator(mode="after")
+    def _processes_are_one_batch(self) -> Self:
+        if self.distributed.processes > 1 and not self.training.average_tokens_across_devices:
+            raise ValueError(
+                "training.average_tokens_across_devices: false weighs the tokens of several processes unequally"
+            )
+        return self
 
     @model_validator(mode="after")
     def _zero_can_train_it(self) -> Self:

@@ -191,6 +191,8 @@ def _trainer(
         model=model,
         recipe=recipe,
         layout=layout,
+        find_rows=lambda batches: [],
+        report=lambda event, **facts: None,
         args=arguments,
         train_dataset=full_rows(recipe),
         processing_class=two_word_tokenizer(),

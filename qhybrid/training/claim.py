@@ -17,7 +17,7 @@ from qhybrid.errors import RunFolderError
 from qhybrid.recipe.load import parse_recipe
 from qhybrid.recipe.schema import Recipe
 from qhybrid.redaction import redacted_values
-from qhybrid.training.checkpoint import choose, recover, remove_leftovers
+from qhybrid.training.checkpoint import choose, remove_leftovers
 from qhybrid.training.events import read_events
 from qhybrid.training.run import STATE, Run
 
@@ -66,7 +66,6 @@ def _claimed(run: Run, recipe: Recipe, *, resume: bool, overwrite: bool) -> Run:
         _set_aside(run.folder)
     if not resume or not run.checkpoints.is_dir():
         return run
-    recover(run.checkpoints)
     remove_leftovers(run.checkpoints)
     choice = choose(run.checkpoints)
     if choice.folder is None and choice.passed_over:
@@ -200,10 +199,13 @@ def _has_trained(run: Run) -> bool:
 _MAY_DIFFER = (
     "training.logging_steps", "training.report_to", "training.run_name", "training.save_total_limit",
     "training.gradient_checkpointing", "training.per_device_eval_batch_size", "memory.vram",
-    "memory.on_exceed", "memory.checkpoint_layers", "training.activation_checkpointing", "distributed.",
+    "memory.on_exceed", "memory.checkpoint_layers", "training.activation_checkpointing", "distributed.offload",
+    "distributed.zero_stage",
 )  # fmt: skip
 # They may differ as long as an optimizer step takes as many rows: the same ones then.
-_SPLIT = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+_SPLIT = (
+    "training.per_device_train_batch_size", "training.gradient_accumulation_steps", "distributed.processes",
+)  # fmt: skip
 
 
 # Where a data file lies may differ as well: the fingerprint of the rows says whether they are the same.
@@ -219,9 +221,10 @@ def _same_recipe(run: Run, recipe: Recipe) -> None:
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     changed = [key for key in changed if not key.startswith(_MAY_DIFFER) and not _DATA_PATH.fullmatch(key)]
     rows_before, rows_now = (r.rows_per_step for r in (old, recipe))
-    if rows_before == rows_now:
+    # Rows that do not fill a batch are dropped with dataloader_drop_last: other ones with another split.
+    if rows_before == rows_now and not recipe.training.dataloader_drop_last:
         changed = [key for key in changed if key not in _SPLIT]
-    else:
+    elif rows_before != rows_now:
         changed = ["rows of a step", *changed]
         before["rows of a step"], now["rows of a step"] = rows_before, rows_now
     if changed:

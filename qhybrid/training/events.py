@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -19,6 +20,8 @@ class EventLog:
         # A link in its place could lead to any file of the user's.
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         self._file = open(descriptor, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        if not _ends_a_line(file):  # the disk was full, or the machine fell; what comes now must not be lost too
+            self._file.write("\n")
 
     def write(self, event: str, **facts: Any) -> None:
         """Append one event, redacted. NaN and infinities, which JSON lacks, are written as text."""
@@ -27,8 +30,9 @@ class EventLog:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. What could not be written is told by `write`, and not again."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_events(file: Path, event: str | None = None) -> list[dict[str, Any]]:
@@ -42,6 +46,14 @@ def read_events(file: Path, event: str | None = None) -> list[dict[str, Any]]:
         if event is None or record.get("event") == event:
             events.append(record)
     return events
+
+
+def _ends_a_line(file: Path) -> bool:
+    with file.open("rb") as stream:
+        if stream.seek(0, os.SEEK_END) == 0:
+            return True
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) == b"\n"
 
 
 def _plain(value: Any) -> Any:

@@ -27,7 +27,11 @@ def measured_memory() -> dict[str, int]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the GPU, or torch on the CPU, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if not isinstance(error, RuntimeError):
+        return False
+    words = str(error).lower()
+    found = any(word in words for word in ("out of memory", "alloc_failed", "can't allocate memory"))
+    return found or isinstance(error, torch.OutOfMemoryError)
 
 
 def process_peak_bytes() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,23 +89,34 @@ def _plan(recipe: Recipe, spec: ModelSpec, hardware: Hardware, **others: Any) ->
     )
 
 
-def smaller_plan(recipe: Recipe, spec: ModelSpec, expected: Plan) -> str:
-    """The overrides of a plan that takes at most four fifths of one that ran out of memory, in one line."""
-    limit = Budget(expected.needed * 4 // 5, source="four fifths of the plan")
+def smaller_plan(recipe: Recipe, spec: ModelSpec, expected: Plan, longest: int) -> str:
+    """The overrides of a plan whose tensors take a fifth less than one that ran out of memory, in one line.
+
+    Args:
+        longest: tokens of the longest row, as for `expect`.
+    """
+    limit = expected.budget
 
     def plan(tried: Recipe) -> Plan:
-        return make_plan(tried, spec, limit, device=expected.device)
+        given = None if tried.training.packing else longest
+        return make_plan(tried, spec, limit, device=expected.device, longest=given)
 
+    here = plan(recipe)  # not `expected`, which knows what the process took before
+    limit = replace(limit, vram=here.needed - here.allocated // 5, source="a fifth less")
     changes, _ = ways_to_fit(recipe, spec, plan)
     words = " ".join(word for change in changes for word in change.overrides)
     return words or "a smaller model: nothing in the recipe takes much less"
 
 
 def checkpoint_bytes(recipe: Recipe, layout: Layout) -> int:
-    """What a checkpoint takes on the disk, about: adapters, the optimizer's states and AdaLoRA's averages."""
+    """What a checkpoint takes on the disk, about: adapters, the optimizer's states and AdaLoRA's averages.
+
+    Beside them are the layout and the names of all tensors, about 1 KiB for each module, and random states.
+    """
     width = WIDTHS[recipe.adapter_dtype]
     states = optimizer_states(layout, width, rule_of(recipe.training.optim), 1, "cpu")
-    return sum(adapter_bytes(layout, width, 1).values()) + sum(states) + adalora_scores(layout, 1)
+    beside = 1024 * len(layout) + 32_768
+    return sum(adapter_bytes(layout, width, 1).values()) + sum(states) + adalora_scores(layout, 1) + beside
 
 
 def write_plan(run: Run, plan: Plan, expected: Plan) -> None:

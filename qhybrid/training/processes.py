@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,15 @@ from qhybrid.errors import QhybridError, RecipeError
 from qhybrid.recipe.schema import Recipe
 
 T = TypeVar("T")
+# What accelerate launch passes on from its user's configuration; here the recipe says it.
+_ACCELERATE_SETTINGS = (
+    "ACCELERATE_MIXED_PRECISION",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "ACCELERATE_DYNAMO_BACKEND",
+)
 _met: list[Place] = []  # this process, once `join` has made the group
 
 
@@ -46,12 +56,12 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     # Slurm sets SLURM_PROCID in a batch script too; SLURM_STEP_NUM_TASKS is there inside srun alone.
     if "WORLD_SIZE" not in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
     try:
         rank, world, local = (
             int(environment.get(name) or number) for name, number in zip(names, (0, 1, 0), strict=False)
         )
-        local_world = int(environment.get(names[3]) or world)
+        local_world = int((environment.get(names[3]) or str(world)).partition("(")[0].partition(",")[0])
     except ValueError:
         given = ", ".join(f"{name}={environment.get(name)}" for name in names)
         raise RecipeError(f"the launcher's variables are no numbers: {given}") from None
@@ -93,6 +103,8 @@ def join(recipe: Recipe) -> Place:
         Which one this is.
     """
     here = place()
+    for name in _ACCELERATE_SETTINGS:
+        os.environ.pop(name, None)
     if here.world == 1 and recipe.distributed.zero_stage == 0:
         return here
     import torch
@@ -105,7 +117,7 @@ def join(recipe: Recipe) -> Place:
     os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
     if "MASTER_PORT" not in os.environ:
         job = os.environ.get("SLURM_JOB_ID")
-        os.environ["MASTER_PORT"] = str(20_000 + int(job) % 20_000) if job and here.world > 1 else str(free_port())
+        os.environ["MASTER_PORT"] = str(20_000 + int(job) % 12_000) if job and here.world > 1 else str(free_port())
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if on_gpu:
@@ -125,7 +137,7 @@ def join(recipe: Recipe) -> Place:
 
 def leave() -> None:
     """Part from the other processes at the end, if it was `join` that met them."""
-    if _met:
+    if _met and "deepspeed" not in sys.modules:  # which keeps the group for its next engine
         import torch.distributed as dist
 
         dist.destroy_process_group()

@@ -28,7 +28,15 @@ from qhybrid.base.load import load_base
 from qhybrid.base.locate import find_local, hub_commit, model_folder
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import PreparedData, prepare_data
-from qhybrid.errors import AllocationError, DataError, ModelError, QhybridError, RecipeError, TrainingError
+from qhybrid.errors import (
+    AllocationError,
+    DataError,
+    ModelError,
+    QhybridError,
+    RecipeError,
+    RunFolderError,
+    TrainingError,
+)
 from qhybrid.planner.memory import zero_setup
 from qhybrid.planner.plan import Plan, RankCap
 from qhybrid.recipe.load import LoadedRecipe
@@ -39,12 +47,13 @@ from qhybrid.training.callbacks.record import RecordSteps
 from qhybrid.training.callbacks.replace import DiscardReplaced
 from qhybrid.training.callbacks.stop import StopWhenAsked
 from qhybrid.training.callbacks.watch import WatchLoss
-from qhybrid.training.checkpoint import newest_sealed, require_space
-from qhybrid.training.claim import claim, has_replaced
+from qhybrid.training.checkpoint import require_space
+from qhybrid.training.claim import claim
 from qhybrid.training.culprits import rows_of
 from qhybrid.training.display import ProgressDisplay
 from qhybrid.training.events import EventLog
 from qhybrid.training.memory import hardware_of, is_out_of_memory, limit_vram
+from qhybrid.training.messages import out_of_memory, told, what_is_left
 from qhybrid.training.planning import (
     Hardware,
     checkpoint_bytes,
@@ -52,7 +61,6 @@ from qhybrid.training.planning import (
     expect,
     plan_lines,
     plan_run,
-    smaller_plan,
     write_plan,
 )
 from qhybrid.training.preflight import preflight, settle
@@ -73,7 +81,6 @@ from qhybrid.training.signals import Interrupted, StopSignals, stop_signals
 from qhybrid.training.summary import announce, figures_of, predicted_memory
 from qhybrid.training.trainer import BandedTrainer
 from qhybrid.training.zero import deepspeed_config
-from qhybrid.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -149,10 +156,12 @@ def _run(
         announce(console, recipe, layout, data, run, limit_vram(recipe.memory.vram))
         for line in (*plan_lines(prepared.plan), *(f"note: {note}" for note in run.notes)):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
-        events = EventLog(run.events_file if place().is_main else Path(os.devnull))
+        if not all(gather(run.resume_from is None or run.resume_from.is_dir())):
+            raise RunFolderError(f"{run.folder} is not there on every machine", hint="share the output_dir")
+        events = together(lambda: EventLog(run.events_file if place().is_main else Path(os.devnull)))
         predicted = predicted_memory(prepared.expected)
-        events.write("plan", predicted=predicted, moments=prepared.expected.prediction.moments)
         try:
+            events.write("plan", predicted=predicted, moments=prepared.expected.prediction.moments)
             commit = hub_commit(base) if find_local(recipe.model) is None else None
             info = _info(recipe, data, commit, date)
             figures = _train(prepared, info, run, events, console, signals)
@@ -161,21 +170,24 @@ def _run(
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             if place().is_main:
+                name = type(error).__name__
                 with contextlib.suppress(OSError):  # a full disk must not hide what happened
-                    events.write(status, error=type(error).__name__, message=str(error))
-                    run.write_status(status, error=type(error).__name__)
+                    events.write(status, error=name, message=str(error))
+                with contextlib.suppress(OSError):
+                    run.write_status(status, error=name)
             if status == "interrupted":
-                console.print(_what_is_left(run), highlight=False, soft_wrap=True)
+                console.print(what_is_left(run), highlight=False, soft_wrap=True)
             if isinstance(error, Exception) and is_out_of_memory(error):
-                raise _out_of_memory(prepared, run, error) from None
+                raise out_of_memory(recipe, prepared.spec, prepared.expected, data.longest, run, error) from None
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise TrainingError(
                     f"the disk is full: {error.filename or run.folder} could not be written",
-                    hint=f"make room; {_what_is_left(run)}",
+                    hint=f"make room; {what_is_left(run)}",
                 ) from None
             raise
         finally:
-            events.close()
+            with contextlib.suppress(OSError):
+                events.close()
         agree(lambda: run.write_status("finished", figures=figures))
     return SftResult(run, figures)
 
@@ -260,7 +272,7 @@ def _train(
 
     def report(event: str, **facts: Any) -> None:
         events.write(event, **facts)
-        console.print(_told(event, facts, prepared.expected), highlight=False, soft_wrap=True, markup=False)
+        console.print(told(event, facts, prepared.expected), highlight=False, soft_wrap=True, markup=False)
 
     trainer = together(build)
     display = ProgressDisplay(
@@ -271,7 +283,8 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(AllocateRanks(trainer, events))
     trainer.add_callback(RecordSteps(trainer, events, display))
-    trainer.add_callback(DiscardReplaced(run))
+    if place().is_main:
+        trainer.add_callback(DiscardReplaced(run))
     if recipe.training.early_stopping_patience is not None:
         trainer.add_callback(
             EarlyStoppingCallback(
@@ -281,13 +294,6 @@ def _train(
     trainer.add_callback(WatchLoss(trainer, report))
     trainer.add_callback(StopWhenAsked(trainer, signals))
     began = time.perf_counter()
-    try:
-        with signals.asking_politely():
-            trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
-    finally:
-        display.end()
-    if trainer.was_stopped:
-        raise Interrupted(next(number for number in gather(signals.received) if number is not None))
 
     def finish() -> dict[str, Any]:
         save_adapter(trainer.model, layout, info, run.adapter)
@@ -298,20 +304,14 @@ def _train(
         _require_allocations(trainer, run)
         return figures_of(trainer, events, run, seconds=time.perf_counter() - began)
 
-    return agree(finish)
-
-
-def _told(event: str, facts: dict[str, Any], expected: Plan) -> str:
-    """An event in words, for the console."""
-    if event == "out_of_memory":
-        return (
-            f"out of memory at step {facts['step']} with micro-batches of {facts['rows']} rows (the plan expected "
-            f"{format_bytes(expected.needed)}): taking the step again, {facts['rows_from_now_on']} at a time"
-        )
-    rows = ", ".join(facts["rows"][:8]) + (" …" if len(facts["rows"]) > 8 else "")
-    if event == "loss_spike":
-        return f"note: the loss leapt to {facts['loss']:.4f} at step {facts['step']}; its rows: {rows}"
-    return f"the {facts['what']} is {facts['value']} at step {facts['step']}; its rows: {rows}"
+    with signals.asking_politely():
+        try:
+            trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+        finally:
+            display.end()
+        if trainer.was_stopped:
+            raise Interrupted(next(number for number in gather(signals.received) if number is not None))
+        return agree(finish)  # a signal from here on comes too late to stop anything
 
 
 def _trainer(prepared: _Prepared, model, run: Run, report: Callable[..., None]) -> BandedTrainer:
@@ -357,29 +357,6 @@ def _require_allocations(trainer: BandedTrainer, run: Run) -> None:
                 hint=f"{run.adapter} holds the adapter at its initial rank; train longer, or shorten "
                 "adalora.warmup",
             )
-
-
-_BACK = "no step was taken: the run that was to be replaced is back as it was"
-
-
-def _what_is_left(run: Run) -> str:
-    if has_replaced(run):
-        return _BACK
-    checkpoint = newest_sealed(run.checkpoints)
-    if checkpoint is None:
-        return "stopped before the first checkpoint: --resume auto starts from the beginning"
-    return f"stopped; {checkpoint.name} is whole: go on with --resume auto"
-
-
-def _out_of_memory(prepared: _Prepared, run: Run, error: Exception) -> TrainingError:
-    """What to change: the plan that expected this to fit was wrong here, so one is named that takes less."""
-    message = (
-        f"out of memory; the plan expected {format_bytes(prepared.expected.needed)}: {str(error).splitlines()[0]}"
-    )
-    smaller = smaller_plan(prepared.recipe, prepared.spec, prepared.expected)
-    if has_replaced(run):
-        return TrainingError(message, hint=f"{_BACK}; start again with --overwrite and {smaller}")
-    return TrainingError(message, hint=f"try {smaller}; {_what_is_left(run)}")
 
 
 def _info(recipe: Recipe, data: PreparedData, commit: str | None, date: str) -> AdapterInfo:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qhybrid.errors import RunFolderError
 from qhybrid.training.checkpoint import read_tensors, write_bytes, write_tensors
 from qhybrid.training.run import STATE
 from qhybrid.training.zero import ZeroAccess
@@ -51,8 +52,7 @@ def optimizer_content(
             else:
                 scalars.setdefault(name, {})[key] = value
     groups = [
-        {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
-        for group in optimizer.param_groups
+        {key: _plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]
     return tensors, {"groups": groups, "scalars": scalars}
 
@@ -79,7 +79,13 @@ def restore_optimizer(
         for index, parameter in enumerate(members)
         if states[names[id(parameter)]]
     }
-    optimizer.load_state_dict(content)  # it knows each state's device and dtype
+    optimizer.load_state_dict(content)  # it knows each state's device
+    # torch casts all states to the parameter's dtype; Adafactor's moments are fp32 beside bf16 parameters.
+    for name, state in states.items():
+        own = optimizer.state[named[name]]
+        for key, value in state.items():
+            if torch.is_tensor(value) and torch.is_tensor(own.get(key)) and own[key].dtype != value.dtype:
+                own[key] = value.to(own[key].device)
 
 
 def write_state(
@@ -95,8 +101,18 @@ def write_state(
 
 
 def read_numbers(folder: Path) -> dict[str, Any]:
-    """What `write_state` was given as `numbers`."""
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    """What `write_state` was given as `numbers`.
+
+    Raises:
+        RunFolderError: another version of qhybrid wrote it.
+    """
+    numbers = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if numbers.get("format_version") != _FORMAT_VERSION:
+        raise RunFolderError(
+            f"{folder / STATE} is of format {numbers.get('format_version')}, not {_FORMAT_VERSION}",
+            hint="resume with the version of qhybrid that wrote it",
+        )
+    return numbers
 
 
 def random_state() -> dict[str, Tensor]:
@@ -135,10 +151,10 @@ def restore_random_state(folder: Path, rank: int) -> bool:
     return True
 
 
-def _is_plain(value: Any) -> bool:
+def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else _as_number(value)
 
 
 def _as_number(value: Any) -> Any:

@@ -36,9 +36,10 @@ def figures_of(trainer: BandedTrainer, events: EventLog, run: Run, seconds: floa
     evaluations = [record for record in read_events(run.events_file, "evaluation") if "eval_loss" in record]
     if evaluations:
         figures["eval_loss"] = evaluations[-1]["eval_loss"]
-        if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
+        best = trainer.state.best_model_checkpoint
+        if trainer.args.load_best_model_at_end and best is not None:
             figures["eval_loss"] = trainer.state.best_metric  # that adapter was loaded back
-            figures["adapter_of_step"] = step_of(Path(trainer.state.best_model_checkpoint))
+            figures["adapter_of_step"] = step_of(Path(best))
     if trainer.state.global_step < trainer.state.max_steps:
         figures["stopped_early_of"] = trainer.state.max_steps
     if trainer.allocators:

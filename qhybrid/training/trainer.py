@@ -39,17 +39,34 @@ _MOST_SKIPPED_STEPS = 30  # fp16: the loss scale starts at 2^16 and is halved ea
 
 
 def split_batch(inputs: dict[str, Any], rows: int | None) -> list[dict[str, Any]]:
-    """A batch in parts of at most `rows` rows; tensors without a row for each stay as they are."""
-    total = len(inputs["input_ids"])
-    if rows is None or rows >= total:
+    """A batch in parts of at most `rows` rows. Packed rows lie one after another in one row of tokens."""
+    if rows is None or rows >= num_rows(inputs):
         return [inputs]
+    ids = inputs["input_ids"]
+    dimension = 1 if _is_packed(inputs) else 0
+    length = ids.shape[dimension]
+    starts = torch.nonzero(inputs["position_ids"][0] == 0).flatten().tolist() if dimension else range(length)
+    begins = list(starts)[::rows]
     return [
         {
-            key: value[begin : begin + rows] if torch.is_tensor(value) and len(value) == total else value
+            key: value.narrow(dimension, begin, end - begin)
+            if torch.is_tensor(value) and value.dim() > dimension and value.shape[dimension] == length
+            else value
             for key, value in inputs.items()
         }
-        for begin in range(0, total, rows)
+        for begin, end in zip(begins, [*begins[1:], length], strict=True)
     ]
+
+
+def num_rows(inputs: dict[str, Any]) -> int:
+    """The rows that a batch can be split into."""
+    ids = inputs["input_ids"]
+    return int((inputs["position_ids"][0] == 0).sum()) if _is_packed(inputs) else len(ids)
+
+
+def _is_packed(inputs: dict[str, Any]) -> bool:
+    """Whether position_ids alone say where rows begin; the lengths for flash attention could not be split."""
+    return len(inputs["input_ids"]) == 1 and "position_ids" in inputs and "cu_seq_lens_q" not in inputs
 
 
 class BandedTrainer(CheckpointingTrainer):
@@ -242,7 +259,8 @@ class BandedTrainer(CheckpointingTrainer):
     def _in_parts(self, model, inputs, num_items_in_batch) -> Tensor:
         """The batch at once or, after running out of memory, in parts of `micro_batch` rows."""
         parts = split_batch(inputs, self.micro_batch)
-        assert len(parts) == 1 or num_items_in_batch is not None  # or the parts would not add up
+        # Or the parts would not add up; and DeepSpeed would step after each.
+        assert len(parts) == 1 or (num_items_in_batch is not None and self._zero is None)
         loss = torch.zeros((), device=self.args.device)
         for part in parts:
             part_loss = super().training_step(model, part, num_items_in_batch)
@@ -252,12 +270,15 @@ class BandedTrainer(CheckpointingTrainer):
 
     def _can_split(self) -> bool:
         """Whether fewer rows can go through the model: several processes would have to agree in mid-step."""
-        rows = len(self._step_inputs[-1]["input_ids"])
+        rows = num_rows(self._step_inputs[-1])
         return self.recipe.distributed.is_single and min(rows, self.micro_batch or rows) > 1
 
     def _again_in_smaller_parts(self, model, num_items_in_batch, failure: str) -> Tensor:
-        """Take the micro-batches of this step again, in parts of half as many rows: an exact retry."""
-        rows = len(self._step_inputs[-1]["input_ids"])
+        """Take the micro-batches of this step again, in parts of half as many rows.
+
+        The gradients add up to the same; dropout, though, draws other masks.
+        """
+        rows = num_rows(self._step_inputs[-1])
         was = min(rows, self.micro_batch or rows)
         self.micro_batch = (was + 1) // 2
         self._report(
@@ -339,6 +360,8 @@ class BandedTrainer(CheckpointingTrainer):
                 self.step_regularizer += add_regularizer(pairs, settings.regularizer_weight, scale, access).item()
             if still_choosing and settings.regularizer_in_scores:
                 allocator.observe(scale)
+        if self._zero is not None:
+            self._zero.forget_gradients()
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)

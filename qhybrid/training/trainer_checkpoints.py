@@ -59,10 +59,16 @@ class CheckpointingTrainer(RowsTrainer):
         transformers would train one step further.
         """
         if resume_from_checkpoint is not None:
+            self.args.eval_on_start = False  # it was done, and early stopping would count it twice
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             if state.global_step >= state.max_steps or self._has_stopped_early(state):
                 self.state = state
-                self._start_allocators(state.max_steps, resume_from_checkpoint)
+                if self.is_deepspeed_enabled:  # weights and states come with its engine
+                    self._prepare_for_training(
+                        state.max_steps, self.get_train_dataloader(), resume_from_checkpoint
+                    )
+                else:
+                    self._start_allocators(state.max_steps, resume_from_checkpoint)
                 if self.recipe.training.optim.startswith("schedule_free"):  # the result is in its state
                     self.create_optimizer_and_scheduler(state.max_steps)
                     self._load_optimizer_and_scheduler(resume_from_checkpoint)
@@ -87,6 +93,11 @@ class CheckpointingTrainer(RowsTrainer):
             self.stop()
             return TrainOutput(self.state.global_step, 0.0, {})
 
+    def _init_training_state(self, *args, **kwargs):
+        found = super()._init_training_state(*args, **kwargs)
+        self.state.best_model_checkpoint = self._best_checkpoint()  # the folder may have been moved since
+        return found
+
     def _has_stopped_early(self, state: TrainerState) -> bool:
         stopper = state.stateful_callbacks.get("EarlyStoppingCallback")
         if stopper is None or self.recipe.training.early_stopping_patience is None:
@@ -105,7 +116,6 @@ class CheckpointingTrainer(RowsTrainer):
             states, optimizer = optimizer_content(self._base_optimizer(), named, self._zero)
             scaler = getattr(self.accelerator, "scaler", None)
             numbers = {
-                "processes": place().world,
                 "optimizer": optimizer,
                 "scheduler": self.lr_scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
@@ -170,7 +180,9 @@ class CheckpointingTrainer(RowsTrainer):
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and numbers["scaler"]:
             scaler.load_state_dict(numbers["scaler"])
-        self.micro_batch = numbers["micro_batch"]
+        self._total_train_tokens = numbers["num_train_tokens"]
+        # DeepSpeed takes an optimizer step for each part; see `_can_split`.
+        self.micro_batch = numbers["micro_batch"] if self.recipe.distributed.is_single else None
         self.evaluation_pending = numbers["evaluation_pending"]
 
     def _run_epoch(self, model, epoch, train_dataloader, **others) -> None:

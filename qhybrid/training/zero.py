@@ -78,21 +78,21 @@ class ZeroAccess:
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._engine = engine
         self._sharded = engine.zero_optimization_stage() == 3
+        self._gradients: dict[nn.Parameter, Tensor | None] = {}
 
     def values(self, parameter: nn.Parameter) -> Tensor:
-        """As `Access`: in fp32, as the optimizer has them."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        whole = safe_get_full_fp32_param(parameter)
-        assert whole is not None
-        return whole.detach().to(parameter.device).view(_shape(parameter))
+        """As `Access`. What is trained is fp32 and stays whole, in stage 3 too."""
+        assert parameter.shape == _shape(parameter), "not gathered"
+        return parameter.detach()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """As `Access`. It is there between DeepSpeed's backward pass and its step."""
-        from deepspeed.utils import safe_get_full_grad
+        if parameter not in self._gradients:
+            from deepspeed.utils import safe_get_full_grad
 
-        whole = safe_get_full_grad(parameter)
-        return None if whole is None else whole.view(_shape(parameter))
+            whole = safe_get_full_grad(parameter)
+            self._gradients[parameter] = None if whole is None else whole.view(_shape(parameter))
+        return self._gradients[parameter]
 
     def add_to_gradient(self, parameter: nn.Parameter, addition: Tensor) -> None:
         """As `Access`."""
@@ -100,7 +100,12 @@ class ZeroAccess:
 
         gradient = self.gradient(parameter)
         assert gradient is not None
-        safe_set_full_grad(parameter, gradient + addition)
+        gradient += addition
+        safe_set_full_grad(parameter, gradient)
+
+    def forget_gradients(self) -> None:
+        """They were gathered for one step."""
+        self._gradients.clear()
 
     def assign(self, parameter: nn.Parameter, values: Tensor) -> None:
         """As `Access`: the fp32 copy, and what the forward pass sees."""

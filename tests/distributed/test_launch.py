@@ -91,7 +91,7 @@ def started(recipe_file: Path, *overrides: str) -> tuple[subprocess.Popen, list[
     return process, workers, checkpoints
 
 
-@pytest.mark.parametrize("whom", ["launcher", "one of the processes"])
+@pytest.mark.parametrize("whom", [pytest.param("launcher", marks=pytest.mark.slow), "one of the processes"])
 def test_a_signal_stops_all_of_them_with_a_checkpoint(recipe_file, whom):
     process, workers, checkpoints = started(recipe_file)
     assert len(workers) == 2

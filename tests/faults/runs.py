@@ -82,6 +82,21 @@ def steps_of(run: Path) -> dict[int, dict[str, Any]]:
     return {record["step"]: record for record in steps}
 
 
+def forget_repeats(run: Path) -> None:
+    """Leave out of the log what was logged again after a crash, which must have been the same."""
+    first: dict[tuple[str, int], dict[str, Any]] = {}
+    kept = []
+    for line in (run / "events.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        key = (record["event"], record.get("step", 0))
+        if key[0] in ("step", "allocation", "evaluation") and key in first:
+            assert all(record.get(name) == first[key].get(name) for name in (*EXACT, "eval_loss")), key
+            continue
+        first[key] = record
+        kept.append(line)
+    (run / "events.jsonl").write_text("\n".join(kept) + "\n")
+
+
 def evaluations_of(run: Path) -> list[tuple[int, float]]:
     """Step and loss of every evaluation, in the order they were made."""
     return [(record["step"], record["eval_loss"]) for record in read_events(run / "events.jsonl", "evaluation")]

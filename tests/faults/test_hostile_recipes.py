@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from helpers import GOOD_RECIPE as GOOD
-from helpers import TINY
+from helpers import TINY, record_figure
 
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.spec import spec_from_config
@@ -131,6 +131,15 @@ HOSTILE: dict[str, tuple[str, int | None, str]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def figures():
+    """What all refusals of this file took, once all are through."""
+    yield
+    if _seconds:
+        figure = f"{len(_seconds)} refused with their place, the slowest in {max(_seconds):.2f} s (0.5 s allowed)"
+        record_figure(10, "hostile recipes and overrides", figure)
+
+
 def seconds_of(call: Any) -> float:
     """The best of three, because other programs run too."""
     best = float("inf")
@@ -144,11 +153,16 @@ def seconds_of(call: Any) -> float:
     return best
 
 
+_seconds: list[float] = []  # the seconds of each refusal
+
+
 def refusal(name: str, overrides: Sequence[str] = ()) -> str:
     """The message with which loading `name` is refused, after a look at its time and its form."""
     with pytest.raises(RecipeError) as caught:
         load_recipe(name, overrides)
-    assert seconds_of(lambda: load_recipe(name, overrides)) < MAX_SECONDS
+    seconds = seconds_of(lambda: load_recipe(name, overrides))
+    assert seconds < MAX_SECONDS
+    _seconds.append(seconds)
     message = str(caught.value)
     assert len(message) < MAX_CHARACTERS
     assert message.replace("\n", "").isprintable(), "a message must not steer the terminal"

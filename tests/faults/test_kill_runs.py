@@ -1,4 +1,4 @@
-"""Training processes that are killed: the next one goes on from a whole checkpoint, as if it had been the first."""
+"""Training processes that are killed: the next one goes on from a whole checkpoint, to the very same losses."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from helpers import record_figure
 
-from qhybrid.training import checkpoint, run, sft, signals, state, trainer
+from qhybrid.training import checkpoint, run, sft, signals, state, trainer_checkpoints
 from qhybrid.training.checkpoint import step_of
 from qhybrid.training.signals import Interrupted
 from qhybrid.training.trainer import BandedTrainer
@@ -32,7 +32,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "a micro-batch": (BandedTrainer, "training_step"),
     "the end of a step": (BandedTrainer, "_get_grad_norm"),
     "an evaluation": (BandedTrainer, "prediction_step"),
-    "a save": (trainer, "write_tensors"),
+    "a save": (trainer_checkpoints, "write_tensors"),
     "the rest of a save": (state, "write_tensors"),
     "the end of a save": (checkpoint, "seal"),
     "the result": (sft, "save_adapter"),
@@ -233,7 +233,12 @@ def test_a_second_sigint(tmp_path, uninterrupted, monkeypatch, seconds):
 
 
 @pytest.mark.parametrize(
-    "place", [pytest.param("the data", marks=SLOW), "the claim", pytest.param("the model's loading", marks=SLOW)]
+    "place",
+    [
+        pytest.param("the data", marks=SLOW),
+        "the claim",
+        pytest.param("the model's loading", marks=SLOW),
+    ],
 )
 def test_a_signal_before_training(tmp_path, uninterrupted, monkeypatch, place):
     """The folder can be used again without leave, and a run that was to be replaced is back."""

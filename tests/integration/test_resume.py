@@ -7,13 +7,14 @@ import shutil
 
 import pytest
 import torch
-from helpers import THREE_BANDS, run_recipe
+from helpers import THREE_BANDS, record_figure, run_recipe
 from rich.console import Console
 from safetensors.torch import load_file
 
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import prepare_data
 from qhybrid.errors import RecipeError, RunFolderError
+from qhybrid.training import sft
 from qhybrid.training.checkpoint import is_whole, newest_sealed, prune, seal
 from qhybrid.training.events import read_events
 from qhybrid.training.preflight import preflight, settle
@@ -21,17 +22,23 @@ from qhybrid.training.sft import run_sft
 
 QUIET = Console(quiet=True)
 WITH_DROPOUT = [{**band, "dropout": 0.1} if band["kind"] != "dora" else band for band in THREE_BANDS]
+RECIPES = {
+    "mixed": WITH_DROPOUT,
+    "lora": [{"rank": 4, "dropout": 0.1}],
+    "lora+": [{"rank": 4, "loraplus_lr_ratio": 4, "dropout": 0.1}],
+    "dora": [{"kind": "dora", "rank": 4}],  # which takes no dropout
+    "adalora": [{"band": "ada", "kind": "adalora", "rank": 3, "adalora": {"init_rank": 6}, "dropout": 0.1}],
+}
 EXACT = ("loss", "grad_norm", "learning_rates", "tokens", "regularizer", "live_ranks")
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, tiny_model_folder):
-    """40 steps of accumulation 4 in epochs of 20 steps, dropout 0.1, a checkpoint after every step."""
+def forty_steps(folder, model, bands):
+    """Accumulation 4 in epochs of 20 steps, dropout 0.1, a checkpoint after every step."""
     loaded = run_recipe(
-        tmp_path_factory.mktemp("resume"),
-        tiny_model_folder,
+        folder,
+        model,
         rows=159,  # the last step of an epoch has fewer rows
-        adapters=WITH_DROPOUT,
+        adapters=bands,
         training={
             "max_steps": 40,
             "per_device_train_batch_size": 2,
@@ -42,6 +49,24 @@ def uninterrupted(tmp_path_factory, tiny_model_folder):
         },
     )
     return loaded, run_sft(loaded, console=QUIET)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_model_folder):
+    """40 steps of three bands."""
+    return forty_steps(tmp_path_factory.mktemp("resume"), tiny_model_folder, RECIPES["mixed"])
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name == "mixed" else pytest.mark.slow) for name in RECIPES],
+)
+def of_each_kind(request, tmp_path_factory, tiny_model_folder):
+    """The same for every kind; its name, and what `uninterrupted` gives."""
+    if request.param == "mixed":
+        return "mixed", request.getfixturevalue("uninterrupted")
+    folder = tmp_path_factory.mktemp(f"resume-{request.param}")
+    return request.param, forty_steps(folder, tiny_model_folder, RECIPES[request.param])
 
 
 def interrupted_at(uninterrupted, step: int):
@@ -65,25 +90,60 @@ def interrupted_at(uninterrupted, step: int):
 
 
 @pytest.mark.parametrize("step", [1, 7, 20, 21, 39])
-def test_resuming_is_exact(uninterrupted, step):
-    loaded, whole = interrupted_at(uninterrupted, step)
+def test_resuming_is_exact(of_each_kind, step):
+    name, whole_run = of_each_kind
+    loaded, whole = interrupted_at(whole_run, step)
     result = run_sft(loaded, resume=True, console=QUIET)
     expected = {r["step"]: r for r in read_events(whole / "events.jsonl", "step")}
     resumed = {r["step"]: r for r in read_events(result.run.events_file, "step") if r["step"] > step}
     assert sorted(resumed) == list(range(step + 1, 41))
     for number, record in resumed.items():
         for key in EXACT:
-            assert record[key] == expected[number][key], (number, key)
+            assert record.get(key) == expected[number].get(key), (number, key)
+        rates = record["learning_rates"]
+        if "lora.B×4" in rates:  # item 3: LoRA+ still has its effect
+            assert rates["lora.B×4"] == pytest.approx(4 * rates["lora.A"], rel=1e-12)
     allocations = [
         [(a["step"], a["live_ranks"]) for a in read_events(file, "allocation")]
         for file in (whole / "events.jsonl", result.run.events_file)
     ]
-    assert allocations[0] == allocations[1]
-    for name in ("adapter.safetensors", "peft/lora/adapter_model.safetensors"):
-        assert (whole / "adapter" / name).read_bytes() == (result.run.adapter / name).read_bytes()
-    last = "checkpoints/checkpoint-40/allocators.safetensors"
-    one, other = load_file(whole / last), load_file(result.run.folder / last)
-    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert allocations[0] == allocations[1] and bool(allocations[0]) == (name in ("mixed", "adalora"))
+    files = [file.relative_to(whole) for file in (whole / "adapter").rglob("*.safetensors")]
+    assert len(files) >= 2
+    for file in files:
+        assert (whole / file).read_bytes() == (result.run.folder / file).read_bytes()
+    if allocations[0]:
+        last = "checkpoints/checkpoint-40/allocators.safetensors"
+        one, other = load_file(whole / last), load_file(result.run.folder / last)
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    figure = "loss and gradient norm differ by 0.0, adapter bytes equal"
+    record_figure(2, f"{name}, stopped after step {step} of 40", figure)
+
+
+def test_settings_take_effect_after_a_resume(uninterrupted, monkeypatch):
+    """No group is empty, none lost its parameters, and the final ranks are those of the recipe."""
+    groups = []
+    create = sft.BandedTrainer.create_optimizer
+
+    def kept(self, model=None):
+        groups.append([(g["name"], len(g["params"])) for g in create(self, model).param_groups])
+        return self.optimizer
+
+    monkeypatch.setattr(sft.BandedTrainer, "create_optimizer", kept)
+    loaded, _ = interrupted_at(uninterrupted, 39)
+    result = run_sft(loaded, resume=True, console=QUIET)
+    assert {name for name, _ in groups[0]} == set(
+        read_events(result.run.events_file, "step")[-1]["learning_rates"]
+    )
+    assert all(number > 0 for _, number in groups[0])
+    state = json.loads((result.run.checkpoints / "checkpoint-40" / "state.json").read_text())
+    assert [group["name"] for group in state["optimizer"]["groups"]] == [name for name, _ in groups[0]]
+    weights = load_file(result.run.adapter / "adapter.safetensors")
+    alive = sum(int(value.count_nonzero()) for name, value in weights.items() if "lambda" in name)
+    assert alive <= result.figures["target_ranks"] == 42 and result.figures["allocations"] > 0
+    figure = f"{alive} of at most 42, after {result.figures['allocations']} allocations"
+    record_figure(3, "AdaLoRA's final live ranks", figure)
+    record_figure(3, "lr_B/lr_A after a resume", "4, as in the recipe; no empty parameter group")
 
 
 def test_a_damaged_checkpoint_is_passed_over(uninterrupted):

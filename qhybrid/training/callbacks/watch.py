@@ -22,15 +22,23 @@ class LossWatch:
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=_WINDOW)
+        self._in_a_row = 0
 
     def is_spike(self, loss: float) -> bool:
-        """Take the loss of a step, and say whether it leaps out of those before. A spike is not remembered."""
+        """Take the loss of a step, and say whether it leaps out of those before.
+
+        A spike is not remembered; but where one follows another, that is what is usual from then on.
+        """
         if len(self._last) >= _ENOUGH:
             usual = statistics.median(self._last)
             deviation = _NORMAL * statistics.median(abs(each - usual) for each in self._last)
             # Where hardly anything varies, a small step is no spike.
             if loss - usual > max(_DEVIATIONS * deviation, 0.2 * abs(usual)):
+                self._in_a_row += 1
+                if self._in_a_row == _ENOUGH:
+                    self._last.clear()
                 return True
+        self._in_a_row = 0
         self._last.append(loss)
         return False
 

@@ -1,0 +1,51 @@
+"""What the user is told of events in a run, and of what it left when it stopped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qhybrid.architecture.spec import ModelSpec
+from qhybrid.errors import TrainingError
+from qhybrid.planner.plan import Plan
+from qhybrid.recipe.schema import Recipe
+from qhybrid.training.checkpoint import newest_sealed
+from qhybrid.training.claim import has_replaced
+from qhybrid.training.planning import smaller_plan
+from qhybrid.training.run import Run
+from qhybrid.units import format_bytes
+
+_BACK = "no step was taken: the run that was to be replaced is back as it was"
+
+
+def what_is_left(run: Run) -> str:
+    """What a run that stopped can go on from."""
+    if has_replaced(run):
+        return _BACK
+    checkpoint = newest_sealed(run.checkpoints)
+    if checkpoint is None:
+        return "stopped before the first checkpoint: --resume auto starts from the beginning"
+    return f"stopped; {checkpoint.name} is whole: go on with --resume auto"
+
+
+def out_of_memory(
+    recipe: Recipe, spec: ModelSpec, expected: Plan, longest: int, run: Run, error: Exception
+) -> TrainingError:
+    """What to change: the plan that expected this to fit was wrong here, so one is named that takes less."""
+    message = f"out of memory; the plan expected {format_bytes(expected.needed)}: {str(error).splitlines()[0]}"
+    smaller = smaller_plan(recipe, spec, expected, longest)
+    if has_replaced(run):
+        return TrainingError(message, hint=f"{_BACK}; start again with --overwrite and {smaller}")
+    return TrainingError(message, hint=f"try {smaller}; {what_is_left(run)}")
+
+
+def told(event: str, facts: dict[str, Any], expected: Plan) -> str:
+    """An event in words, for the console."""
+    if event == "out_of_memory":
+        return (
+            f"out of memory at step {facts['step']} with micro-batches of {facts['rows']} rows (the plan expected "
+            f"{format_bytes(expected.needed)}): taking the step again, {facts['rows_from_now_on']} at a time"
+        )
+    rows = ", ".join(facts["rows"][:8]) + (" …" if len(facts["rows"]) > 8 else "")
+    if event == "loss_spike":
+        return f"note: the loss leapt to {facts['loss']:.4f} at step {facts['step']}; its rows: {rows}"
+    return f"the {facts['what']} is {facts['value']} at step {facts['step']}; its rows: {rows}"

@@ -143,7 +143,8 @@ def measure(kind: str, options: argparse.Namespace) -> dict:
             trainer = SFTTrainer(model=get_peft_model(model, config), **common)
         else:
             model = attach(model, layout, dtype=torch.bfloat16)
-            trainer = BandedTrainer(model=model, recipe=recipe, layout=layout, **common)
+            unused = {"find_rows": lambda batches: [], "report": lambda event, **facts: None}
+            trainer = BandedTrainer(model=model, recipe=recipe, layout=layout, **unused, **common)
             events = EventLog(Path(temporary) / "events.jsonl")
             display = ProgressDisplay(Console(quiet=True), line_every=1, initial_ranks=0)
             trainer.add_callback(AllocateRanks(trainer, events))

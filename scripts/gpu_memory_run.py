@@ -242,6 +242,8 @@ def train(case: Case, device: str, meter: CudaMeter | CpuMeter, watch: _Watch) -
             model=model,
             recipe=recipe,
             layout=layout,
+            find_rows=lambda batches: [],
+            report=lambda event, **facts: None,
             args=training_arguments(recipe, Path(folder)),
             train_dataset=full_rows(recipe),
             processing_class=two_word_tokenizer(),

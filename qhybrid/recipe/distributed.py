@@ -43,9 +43,7 @@ class DistributedSection(Section):
     processes: Annotated[int, Field(ge=1)] = 1
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "optimizer", "all"] = "none"
-    deepspeed: Annotated[
-        dict[str, Any], Field(default_factory=dict)
-    ]  # laid over the configuration that qhybrid derives
+    deepspeed: dict[str, Any] = Field(default_factory=dict)  # laid over the configuration that qhybrid derives
 
     @property
     def sizes(self) -> dict[str, Any]:

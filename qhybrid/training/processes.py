@@ -142,6 +142,10 @@ def leave() -> None:
 
         dist.destroy_process_group()
         _met.clear()
+    if "deepspeed" in sys.modules:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # or another run in this process would be taken for one with ZeRO
 
 
 class StoppedElsewhere(QhybridError):

@@ -50,6 +50,7 @@ class CheckpointingTrainer(RowsTrainer):
     layout: Layout
     allocators: list[RankAllocator]
     micro_batch: int | None  # rows that go through the model at once, after running out of memory
+    is_stopping: bool  # a signal came
     evaluation_pending: bool  # a signal came before the evaluation of this step was done
     _zero: ZeroAccess | None
 
@@ -112,7 +113,7 @@ class CheckpointingTrainer(RowsTrainer):
         states: dict[str, Tensor] = {}
         numbers: dict[str, Any] = {}
         rng = [random_state()]
-        if not self.args.save_only_model or self.control.should_training_stop:  # a stopped run goes on
+        if not self.args.save_only_model or self.is_stopping:  # a stopped run goes on
             states, optimizer = optimizer_content(self._base_optimizer(), named, self._zero)
             scaler = getattr(self.accelerator, "scaler", None)
             numbers = {

@@ -79,6 +79,9 @@ class ZeroAccess:
         self._engine = engine
         self._sharded = engine.zero_optimization_stage() == 3
         self._gradients: dict[nn.Parameter, Tensor | None] = {}
+        if self._sharded:  # DeepSpeed gathers what stays whole after its first step; it may be read before
+            trained = [parameter for _, members in self._flats() for parameter in members]
+            trained[0].all_gather(trained)
 
     def values(self, parameter: nn.Parameter) -> Tensor:
         """As `Access`. What is trained is fp32 and stays whole, in stage 3 too."""

@@ -19,7 +19,7 @@ from qhybrid.training.arguments import training_arguments
 from qhybrid.training.callbacks.watch import LossWatch
 from qhybrid.training.events import read_events
 from qhybrid.training.trainer import BandedTrainer
-from runs import recipe_in, status_of, steps_of, train
+from runs import WITH_DROPOUT, recipe_in, status_of, steps_of, train
 
 PLAIN = {
     "eval_strategy": None, "eval_steps": None, "load_best_model_at_end": None, "metric_for_best_model": None,
@@ -28,9 +28,9 @@ PLAIN = {
 NUM_ROWS = 40
 
 
-def numbered(folder: Path, model: Path, **training: Any) -> LoadedRecipe:
+def numbered(folder: Path, model: Path, bands: Any = WITH_DROPOUT, **training: Any) -> LoadedRecipe:
     """Rows that say their own number, two of them in a micro-batch, two micro-batches in a step."""
-    loaded = recipe_in(folder, model, {**PLAIN, **training})
+    loaded = recipe_in(folder, model, {**PLAIN, **training}, adapters=bands)
     rows = [
         {"instruction": f"How many? row {number}", "output": f"{number}."} for number in range(1, NUM_ROWS + 1)
     ]
@@ -121,7 +121,8 @@ def test_a_leap_is_told_with_its_rows(tmp_path, tiny_model_folder, monkeypatch):
             return 3 * loss if self.state.global_step + 1 == 28 else loss
 
     Leaping.seen = seen
-    loaded = numbered(tmp_path, tiny_model_folder, max_steps=32, learning_rate=1e-6)
+    few = [{"layers": "top", "rank": 2}]  # to be quick
+    loaded = numbered(tmp_path, tiny_model_folder, few, max_steps=30, learning_rate=1e-6)
     monkeypatch.setattr(sft, "BandedTrainer", Leaping)
     train(loaded)
     (event,) = read_events(tmp_path / "run" / "events.jsonl", "loss_spike")

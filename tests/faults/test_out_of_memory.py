@@ -157,7 +157,7 @@ def test_a_resumed_run_keeps_the_smaller_parts(tmp_path, loaded, monkeypatch):
 def test_at_one_row_there_is_nothing_to_split(tmp_path, tiny_model_folder, monkeypatch, place):
     loaded = recipe_in(
         tmp_path, tiny_model_folder,
-        {**TRAINING, "per_device_train_batch_size": 1, "save_steps": 2}, adapters=THREE_BANDS,
+        {**TRAINING, "per_device_train_batch_size": 1, "save_steps": 2, "max_steps": 6}, adapters=THREE_BANDS,
     )  # fmt: skip
     seen: dict[int, list[int]] = {}
     console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115

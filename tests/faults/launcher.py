@@ -95,13 +95,13 @@ def _say(line: str) -> None:
 
 def _child(number: str, kind: str, recipe: str) -> int:
     import torch
+    from runs import QUIET
 
     from qhybrid.cli.main import main
     from qhybrid.recipe.load import load_recipe
     from qhybrid.training.callbacks.record import RecordSteps
     from qhybrid.training.sft import run_sft
     from qhybrid.training.trainer import BandedTrainer
-    from runs import QUIET
 
     torch.set_num_threads(1)
     save, end_step = BandedTrainer._save_checkpoint, RecordSteps.on_step_end
@@ -134,6 +134,7 @@ def _collect(number: str, pid: int) -> None:
 def _serve() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import runs  # noqa: F401 - with all that a run needs; nothing is computed here, or forking would not be safe
+
     from qhybrid.cli.main import quiet_libraries
 
     quiet_libraries()

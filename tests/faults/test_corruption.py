@@ -8,10 +8,10 @@ import shutil
 import pytest
 from helpers import record_figure
 from rich.console import Console
+from runs import QUIET, assert_same, files_of, forget_repeats, moved_to, recipe_in, steps_of, train
 
 from qhybrid.errors import QhybridError
 from qhybrid.training import sft
-from runs import QUIET, assert_same, files_of, forget_repeats, moved_to, recipe_in, steps_of, train
 
 IN_CHECKPOINT = (
     "adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "trainer_state.json",

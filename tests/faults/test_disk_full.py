@@ -10,12 +10,6 @@ from types import SimpleNamespace
 import pytest
 from disk import REAL_OPEN, FullDisk
 from helpers import THREE_BANDS, record_figure
-
-from qhybrid.architecture.layout import Layout
-from qhybrid.errors import RunFolderError, TrainingError
-from qhybrid.training.events import EventLog
-from qhybrid.training.planning import checkpoint_bytes
-from qhybrid.training.trainer import BandedTrainer
 from runs import (
     assert_same,
     checkpoints_of,
@@ -28,6 +22,12 @@ from runs import (
     steps_of,
     train,
 )
+
+from qhybrid.architecture.layout import Layout
+from qhybrid.errors import RunFolderError, TrainingError
+from qhybrid.training.events import EventLog
+from qhybrid.training.planning import checkpoint_bytes
+from qhybrid.training.trainer import BandedTrainer
 
 
 @pytest.fixture

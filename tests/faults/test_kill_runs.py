@@ -9,10 +9,10 @@ import time
 
 import pytest
 from helpers import record_figure
+from runs import EXACT, recipe_in
 
 from qhybrid.training.checkpoint import newest_sealed, recover, step_of, verify
 from qhybrid.training.events import read_events
-from runs import EXACT, recipe_in
 
 SAVE_STEPS = 3
 SECONDS = 0.25  # of a step and a save, about: the kill comes within them

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_recipe, record_figure, write_rows
+from runs import WITH_DROPOUT, recipe_in, status_of, steps_of, train
 
 from qhybrid.errors import NonFiniteError
 from qhybrid.recipe.load import LoadedRecipe
@@ -19,7 +20,6 @@ from qhybrid.training.arguments import training_arguments
 from qhybrid.training.callbacks.watch import LossWatch
 from qhybrid.training.events import read_events
 from qhybrid.training.trainer import BandedTrainer
-from runs import WITH_DROPOUT, recipe_in, status_of, steps_of, train
 
 PLAIN = {
     "eval_strategy": None, "eval_steps": None, "load_best_model_at_end": None, "metric_for_best_model": None,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import THREE_BANDS, record_figure
 from rich.console import Console
+from runs import assert_same, checkpoints_of, moved_to, recipe_in, status_of, steps_of, train
 from safetensors.torch import load_file
 
 from qhybrid.architecture.spec import read_spec
@@ -19,7 +20,6 @@ from qhybrid.recipe.load import dump_recipe, parse_recipe
 from qhybrid.training import sft
 from qhybrid.training.events import read_events
 from qhybrid.training.trainer import BandedTrainer
-from runs import assert_same, checkpoints_of, moved_to, recipe_in, status_of, steps_of, train
 
 MICRO_BATCH, ACCUMULATION = 4, 2
 TRAINING = {

@@ -11,11 +11,6 @@ from typing import Any
 
 import pytest
 from helpers import record_figure
-
-from qhybrid.training import checkpoint, run, sft, signals, state, trainer_checkpoints
-from qhybrid.training.checkpoint import step_of
-from qhybrid.training.signals import Interrupted
-from qhybrid.training.trainer import BandedTrainer
 from runs import (
     assert_same,
     checkpoints_of,
@@ -27,6 +22,11 @@ from runs import (
     steps_of,
     train,
 )
+
+from qhybrid.training import checkpoint, run, sft, signals, state, trainer_checkpoints
+from qhybrid.training.checkpoint import step_of
+from qhybrid.training.signals import Interrupted
+from qhybrid.training.trainer import BandedTrainer
 
 PLACES: dict[str, tuple[Any, str]] = {
     "a micro-batch": (BandedTrainer, "training_step"),

@@ -96,3 +96,51 @@ def test_bitsandbytes_packs_weights_on_some_cpus():
     layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4")
     assert hasattr(layer, "support_avx512bf16_for_cpu")
     assert "support_avx512bf16_for_cpu" in inspect.getsource(bnb.nn.Linear4bit.forward)
+
+
+def test_transformers_trainer_calls_what_is_overridden():
+    """Each of these is called by the training loop with these names; transformers promises none of it."""
+    wanted = {
+        "_save_checkpoint": ["model", "trial"],
+        "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+        "_load_rng_state": ["checkpoint"],
+        "_load_optimizer_and_scheduler": ["checkpoint"],
+        "_load_best_model": [],
+        "_get_dataloader": [
+            "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key",
+        ],
+        "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
+        "_get_grad_norm": ["model", "grad_norm"],
+        "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
+    }  # fmt: skip
+    for name, parameters in wanted.items():
+        found = list(inspect.signature(getattr(transformers.Trainer, name)).parameters)
+        assert found == ["self", *parameters], name
+    loop = inspect.signature(transformers.Trainer._maybe_log_save_evaluate).parameters
+    assert list(loop)[:6] == ["self", "tr_loss", "grad_norm", "model", "trial", "epoch"]
+    epoch = inspect.signature(transformers.Trainer._run_epoch).parameters
+    assert {"model", "epoch", "train_dataloader", "start_time"} <= epoch.keys()
+
+
+def test_deepspeed_has_what_zero_leans_on():
+    """Tested with deepspeed 0.19.8 and accelerate 1.15."""
+    pytest.importorskip("deepspeed")
+    from accelerate import accelerator
+    from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+    from deepspeed.utils import (  # noqa: F401
+        lazy_init_hp_params_optimizer_state,
+        safe_get_full_grad,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_grad,
+        safe_set_full_optimizer_state,
+    )
+
+    flat = inspect.getsource(stage_1_and_2.DeepSpeedZeroOptimizer)
+    assert "self.single_partition_of_fp32_groups" in flat and "self.bit16_groups" in flat
+    third = inspect.getsource(stage3.DeepSpeedZeroOptimizer_Stage3)
+    assert "self.fp32_partitioned_groups_flat" in third and "self.fp16_groups" in third
+    # accelerate goes on to the step within its backward, through the engine's attribute.
+    assert "self.engine.step()" in inspect.getsource(DeepSpeedEngineWrapper.backward)
+    assert "deepspeed_engine_wrapped" in inspect.getsource(accelerator)

@@ -25,7 +25,7 @@ from runs import (
 
 from qhybrid.architecture.layout import Layout
 from qhybrid.errors import RunFolderError, TrainingError
-from qhybrid.training.events import EventLog
+from qhybrid.training.events import EventLog, read_events
 from qhybrid.training.planning import checkpoint_bytes
 from qhybrid.training.trainer import BandedTrainer
 
@@ -102,6 +102,7 @@ def test_the_event_log_cannot_be_written(tmp_path, uninterrupted, monkeypatch):
             train(again)
     assert status_of(tmp_path / "run") == "failed"
     train(again, resume=True)
+    assert len(read_events(tmp_path / "run" / "events.jsonl", "plan")) == 2
     assert list(steps_of(tmp_path / "run")) == list(range(1, 11))
     assert evaluations_of(tmp_path / "run") == evaluations_of(whole)
 

@@ -40,6 +40,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "the model's loading": (sft, "load_base"),
     "the data": (sft, "prepare_data"),
     "the claim": (sft, "begin"),
+    "the first files": (run, "write_atomically"),
 }
 # Of ten steps: two micro-batches each. Of five evaluations: four batches each. Of five saves: twice two files.
 MOMENTS = [
@@ -233,22 +234,24 @@ def test_a_second_sigint(tmp_path, uninterrupted, monkeypatch, seconds):
 
 
 @pytest.mark.parametrize(
-    "place",
+    "moment",
     [
-        pytest.param("the data", marks=SLOW),
-        "the claim",
-        pytest.param("the model's loading", marks=SLOW),
+        pytest.param(("the data", 1), marks=SLOW),
+        pytest.param(("the claim", 1), marks=SLOW),
+        ("the first files", 2),
+        pytest.param(("the model's loading", 1), marks=SLOW),
     ],
+    ids=id_of,
 )
-def test_a_signal_before_training(tmp_path, uninterrupted, monkeypatch, place):
+def test_a_signal_before_training(tmp_path, uninterrupted, monkeypatch, moment):
     """The folder can be used again without leave, and a run that was to be replaced is back."""
     loaded, whole = uninterrupted
     again = moved_to(tmp_path / "run", loaded)
-    _, ended = interrupt(again, monkeypatch, (place, 1))
+    _, ended = interrupt(again, monkeypatch, moment)
     assert ended is not None and ended.exit_code == 143
     replacing = moved_to(tmp_path / "earlier", loaded, whole)
     before = files_of(tmp_path / "earlier")
-    interrupt(replacing, monkeypatch, (place, 1), overwrite=True)
+    interrupt(replacing, monkeypatch, moment, overwrite=True)
     assert files_of(tmp_path / "earlier") == before
     train(again)
     assert_same(tmp_path / "run", whole)

@@ -35,9 +35,7 @@ def out_of_memory(
     smaller = smaller_plan(recipe, spec, expected, longest)
     if has_replaced(run):
         return TrainingError(message, hint=f"{_BACK}; start again with --overwrite and {smaller}")
-    return TrainingError(
-        message, hint=f"try {smaller} (a new run, if it changes more than the batch's split); {what_is_left(run)}"
-    )
+    return TrainingError(message, hint=f"try {smaller}; {what_is_left(run)}")
 
 
 def told(event: str, facts: dict[str, Any], expected: Plan) -> str:

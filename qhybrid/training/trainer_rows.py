@@ -48,11 +48,12 @@ class RowsTrainer(SFTTrainer):
                 dataset, description, batch_size, sampler_fn, is_training, dataloader_key
             )
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        alone = self.args.world_size == 1  # then a last batch may have fewer rows, as in plain trl
         order = EpochOrder(
             len(dataset),
             strategy=strategy,
             seed=seed,
-            fill_to=1 if self.args.dataloader_drop_last else batch_size * self.args.world_size,
+            fill_to=1 if alone or self.args.dataloader_drop_last else batch_size * self.args.world_size,
             lengths=[len(ids) for ids in dataset["input_ids"]] if strategy == "group_by_length" else None,
             step_rows=batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
         )

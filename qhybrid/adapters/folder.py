@@ -16,7 +16,6 @@ import torch
 from peft import PeftModel
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from qhybrid.adapters.access import DIRECT, Access
@@ -24,6 +23,7 @@ from qhybrid.adapters.attach import ADAPTER, adapted_modules
 from qhybrid.adapters.convert import PlainModule, plain_peft_config, plain_peft_state, to_plain
 from qhybrid.adapters.dora import refresh_norms
 from qhybrid.architecture.layout import Layout, first_fault
+from qhybrid.base.tensor_files import write_bytes, write_tensors
 from qhybrid.errors import AdapterError
 from qhybrid.recipe.schema import AttnImplementation, Dtype, Method
 from qhybrid.redaction import redacted_values
@@ -66,19 +66,14 @@ def trained_tensors(model: PeftModel, layout: Layout) -> dict[str, nn.Parameter]
 
 
 def save_weights(model: PeftModel, layout: Layout, folder: Path) -> None:
-    """Write adapter.safetensors and layout.json into `folder`."""
+    """Write adapter.safetensors and layout.json into `folder`.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in trained_tensors(model, layout).items()}
-    _save_tensors(tensors, folder / WEIGHTS)
-    (folder / LAYOUT).write_text(layout.to_json(), encoding="utf-8")
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """As safetensors' save_file, which makes files that only their owner may read, whatever the umask says."""
-    file.touch()
-    mode = file.stat().st_mode
-    save_file(tensors, str(file), metadata={"format": "pt"})
-    file.chmod(mode)
+    write_tensors(folder / WEIGHTS, trained_tensors(model, layout), {"format": "pt"})
+    write_bytes(folder / LAYOUT, layout.to_json().encode())
 
 
 def load_weights(model: PeftModel, layout: Layout, folder: Path, access: Access = DIRECT) -> None:
@@ -127,8 +122,7 @@ def save_adapter(model: PeftModel, layout: Layout, info: AdapterInfo, folder: Pa
 def save_plain(modules: list[PlainModule], base_model: str, folder: Path) -> None:
     """Write plain modules as an ordinary peft adapter folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.cpu() for name, value in plain_peft_state(modules).items()}
-    _save_tensors(state, folder / "adapter_model.safetensors")
+    write_tensors(folder / "adapter_model.safetensors", plain_peft_state(modules), {"format": "pt"})
     plain_peft_config(modules, base_model).save_pretrained(str(folder))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qhybrid.architecture.layout import Layout
 from qhybrid.errors import RecipeError
-from qhybrid.recipe.schema import AdaLoraSection, BandSection
+from qhybrid.recipe.band import AdaLoraSection, BandSection
 
 _DEFAULT_ALLOCATIONS = 20  # in the decay, where the recipe gives no interval
 

@@ -9,7 +9,7 @@ import re
 from qhybrid.architecture.layout import Layout, LayoutRow
 from qhybrid.architecture.spec import Linear, ModelSpec
 from qhybrid.errors import LayoutError
-from qhybrid.recipe.schema import BandSection
+from qhybrid.recipe.band import BandSection
 
 _THIRDS = {"bottom": (0, 1), "middle": (1, 2), "top": (2, 3)}
 

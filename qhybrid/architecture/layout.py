@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from qhybrid.errors import LayoutError
-from qhybrid.recipe.schema import Kind
+from qhybrid.recipe.band import Kind
 from qhybrid.units import format_count
 
 FORMAT_VERSION = 1

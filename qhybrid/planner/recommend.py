@@ -15,7 +15,7 @@ from typing import Any, Literal
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.errors import RecipeError
 from qhybrid.planner.recommendation import Choice, Recommendation, control_of, scalar
-from qhybrid.recipe.schema import DEFAULT_LORAPLUS_RATIO, AdaLoraSection, BandSection
+from qhybrid.recipe.band import DEFAULT_LORAPLUS_RATIO, AdaLoraSection, BandSection
 from qhybrid.units import format_count
 
 Task = Literal[

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qhybrid.recipe.schema import BandSection
+from qhybrid.recipe.band import BandSection
 from qhybrid.recipe.yaml_source import dump_yaml
 
 _PLAN = "qhybrid's memory plan, docs/memory.md"

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.planner.plan import Plan, RankCap
-from qhybrid.recipe.schema import BandSection, Recipe
+from qhybrid.recipe.band import BandSection
+from qhybrid.recipe.schema import Recipe
 
 Quantity = Literal["rank", "micro_batch", "max_length", "checkpointing"]
 Planner = Callable[[Recipe], Plan]  # a plan for a changed recipe, on the same model and budget

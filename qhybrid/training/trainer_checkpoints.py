@@ -15,15 +15,16 @@ from torch import Tensor
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from qhybrid.adapters.access import DIRECT
 from qhybrid.adapters.allocator import RankAllocator
-from qhybrid.adapters.folder import LAYOUT, WEIGHTS, load_weights, trained_tensors
+from qhybrid.adapters.folder import load_weights, save_weights, trained_tensors
 from qhybrid.architecture.layout import Layout
+from qhybrid.base.tensor_files import write_bytes, write_tensors
 from qhybrid.recipe.schema import Recipe
 from qhybrid.redaction import redacted_values
-from qhybrid.training.checkpoint import prune, staged, write_bytes, write_tensors
+from qhybrid.training.checkpoint import prune, staged
 from qhybrid.training.processes import agree, gather, is_several, place
 from qhybrid.training.state import (
     optimizer_content,
@@ -106,6 +107,14 @@ class CheckpointingTrainer(RowsTrainer):
         waited = stopper["attributes"]["early_stopping_patience_counter"]
         return waited >= self.recipe.training.early_stopping_patience
 
+    def is_epoch_evaluation_due(self) -> bool:
+        """Whether an evaluation at the end of the epoch follows the step that was just taken."""
+        args, state = self.args, self.state
+        at_end = state.epoch.is_integer() or state.global_step >= state.max_steps
+        if args.eval_strategy != IntervalStrategy.EPOCH or args.eval_delay > state.epoch or not at_end:
+            return False
+        return not any(entry["step"] == state.global_step and "eval_loss" in entry for entry in state.log_history)
+
     def _save_checkpoint(self, model, trial) -> None:
         """A checkpoint of our own: gathered from all processes, written by the first, whole or not at all."""
         self.store_flos()
@@ -122,7 +131,7 @@ class CheckpointingTrainer(RowsTrainer):
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "num_train_tokens": self._total_train_tokens,
                 "micro_batch": self.micro_batch,
-                "evaluation_pending": self.evaluation_pending,
+                "evaluation_pending": self.evaluation_pending or self.is_epoch_evaluation_due(),
             }
             rng = gather(rng[0])
         if is_several() and not place().is_main:
@@ -134,8 +143,7 @@ class CheckpointingTrainer(RowsTrainer):
     def _write_checkpoint(self, named, states, rng, numbers) -> None:
         checkpoints, step = Path(self.args.output_dir), self.state.global_step
         with staged(checkpoints, step) as folder:
-            write_tensors(folder / WEIGHTS, named, {"format": "pt"})
-            write_bytes(folder / LAYOUT, self.layout.to_json().encode())
+            save_weights(self.model, self.layout, folder)
             scores = {f"{a.band}:{key}": value for a in self.allocators for key, value in a.state_dict().items()}
             if scores:
                 write_tensors(folder / ALLOCATORS, scores)

@@ -45,8 +45,6 @@ def deepspeed_config(recipe: Recipe, setup: ZeroSetup) -> dict[str, Any]:
             "stage3_max_live_parameters": setup.max_live_parameters,
             "stage3_max_reuse_distance": setup.max_reuse_distance,
         }
-    else:
-        zero["allgather_bucket_size"] = setup.reduce_bucket_size
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     config = {
         "train_micro_batch_size_per_gpu": batch,

@@ -23,8 +23,10 @@ from runs import (
     train,
 )
 
+from qhybrid.adapters.folder import save_adapter
 from qhybrid.architecture.layout import Layout
 from qhybrid.errors import RunFolderError, TrainingError
+from qhybrid.training import sft
 from qhybrid.training.events import EventLog, read_events
 from qhybrid.training.planning import checkpoint_bytes
 from qhybrid.training.trainer import BandedTrainer
@@ -81,6 +83,24 @@ def test_the_disk_fills_at_any_byte(tmp_path, uninterrupted, filling, everything
         4, "ENOSPC while a run saves",
         f"{survived}/{len(offsets)} previous checkpoints unchanged, nothing left over; exit code 1; same result",
     )  # fmt: skip
+
+
+def test_the_disk_fills_while_the_adapter_is_written(tmp_path, uninterrupted, monkeypatch):
+    loaded, whole = uninterrupted
+    again = moved_to(tmp_path / "run", loaded)
+
+    def save(*args):
+        monkeypatch.setattr(builtins, "open", FullDisk(1000).open)
+        save_adapter(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sft, "save_adapter", save)
+        with pytest.raises(TrainingError, match=r"the disk is full: .* could not be written") as caught:
+            train(again)
+    monkeypatch.undo()
+    assert "checkpoint-10 is whole: go on with --resume auto" in str(caught.value)
+    train(again, resume=True)
+    assert_same(tmp_path / "run", whole)
 
 
 def test_the_event_log_cannot_be_written(tmp_path, uninterrupted, monkeypatch):

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 
 from qhybrid.errors import QhybridError, RecipeError
 from qhybrid.recipe.aliases import CONVERTED, MEANT, TOP_LEVEL, WITHOUT_COUNTERPART, own_name
+from qhybrid.recipe.band import AdaLoraSection, BandSection
 from qhybrid.recipe.load import dump_recipe, parse_recipe, resolve
 from qhybrid.recipe.schema import (
-    AdaLoraSection,
-    BandSection,
     DataSection,
     DistributedSection,
     MemorySection,

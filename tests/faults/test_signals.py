@@ -32,7 +32,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "a micro-batch": (BandedTrainer, "training_step"),
     "the end of a step": (BandedTrainer, "_get_grad_norm"),
     "an evaluation": (BandedTrainer, "prediction_step"),
-    "a save": (trainer_checkpoints, "write_tensors"),
+    "a save": (trainer_checkpoints, "save_weights"),
     "the rest of a save": (state, "write_tensors"),
     "the end of a save": (checkpoint, "seal"),
     "the result": (sft, "save_adapter"),

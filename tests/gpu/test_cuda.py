@@ -17,7 +17,8 @@ from qhybrid.base.load import load_base
 from qhybrid.data.prepare import prepare_file
 from qhybrid.evaluation.evaluate import evaluate
 from qhybrid.evaluation.models import load_adapter_for_inference
-from qhybrid.recipe.schema import BandSection, ModelSection, QuantizationSection
+from qhybrid.recipe.band import BandSection
+from qhybrid.recipe.schema import ModelSection, QuantizationSection
 from qhybrid.training.events import read_events
 from qhybrid.training.sft import run_sft
 

@@ -196,15 +196,20 @@ def mark_as_crashed(run):
     (run.folder / "run.json").write_text(json.dumps({**status, "status": "failed", "process": {}}))
 
 
-def test_a_crash_before_the_last_evaluation_is_made_up_for(uninterrupted):
-    loaded, whole = interrupted_at(uninterrupted, 40)
+@pytest.mark.parametrize("step", [20, 40])
+def test_a_crash_between_the_last_checkpoint_of_an_epoch_and_its_evaluation_is_made_up_for(uninterrupted, step):
+    loaded, whole = interrupted_at(uninterrupted, step)
     events = uninterrupted[1].run.events_file
-    kept = [line for line in events.read_text().splitlines() if '"eval_loss"' not in line or '"step": 20' in line]
+    lines = events.read_text().splitlines()
+    kept = [line for line in lines if '"eval_loss"' not in line or json.loads(line)["step"] < step]
     events.write_text("\n".join(kept) + "\n")
     result = run_sft(loaded, resume=True, console=QUIET)
-    (expected,) = (e for e in read_events(whole / "events.jsonl", "evaluation") if e["step"] == 40)
-    (found,) = (e for e in read_events(result.run.events_file, "evaluation") if e["step"] == 40)
-    assert found["eval_loss"] == expected["eval_loss"] == result.figures["eval_loss"]
+    expected, found = (
+        [(e["step"], e["eval_loss"]) for e in read_events(file, "evaluation")]
+        for file in (whole / "events.jsonl", result.run.events_file)
+    )
+    assert found == expected and [number for number, _ in found] == [20, 40]
+    assert found[-1][1] == result.figures["eval_loss"]
     assert result.figures["live_ranks"] == uninterrupted[1].figures["live_ranks"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from transformers import TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
 
 from qhybrid.training.processes import any_of
 from qhybrid.training.signals import StopSignals
@@ -24,21 +23,16 @@ class StopWhenAsked(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self._asked():
             # The evaluation that is due is made up for when the run goes on.
-            self._trainer.evaluation_pending = control.should_evaluate or self._ends_epoch(args, state)
+            self._trainer.evaluation_pending = control.should_evaluate or self._trainer.is_epoch_evaluation_due()
             control.should_evaluate = False
             control.should_save = True
             self._trainer.stop()
-
-    def _ends_epoch(self, args, state) -> bool:
-        """Whether an evaluation is due at the end of the epoch, and the step was its last, or the last of all."""
-        last = state.epoch.is_integer() or state.global_step >= state.max_steps
-        return args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch and last
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         # Called for an epoch that was left early, too.
         if self._trainer.is_stopping:
             pending = self._trainer.evaluation_pending
-            control.should_evaluate = not pending and self._ends_epoch(args, state)
+            control.should_evaluate = not pending and self._trainer.is_epoch_evaluation_due()
             control.should_save = False
 
     def on_prediction_step(self, args, state, control, **kwargs) -> None:

@@ -13,7 +13,7 @@ from qhybrid.adapters.adalora import add_regularizer, lora_factors
 from qhybrid.adapters.allocator import RankAllocator, Triplets
 from qhybrid.adapters.schedule import BudgetSchedule
 from qhybrid.errors import RecipeError
-from qhybrid.recipe.schema import AdaLoraSection
+from qhybrid.recipe.band import AdaLoraSection
 
 SHAPES = {"a": (10, 6, 4), "b": (8, 12, 4), "c": (5, 5, 4)}  # name: (out, in, rank)
 BETA1, BETA2 = 0.85, 0.8

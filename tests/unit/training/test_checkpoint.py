@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from qhybrid.base.tensor_files import write_bytes
 from qhybrid.training import checkpoint
 from qhybrid.training.checkpoint import (
     MANIFEST,
     choose,
-    faults,
     is_whole,
     newest_sealed,
     prune,
@@ -24,7 +24,6 @@ from qhybrid.training.checkpoint import (
     staged,
     step_of,
     verify,
-    write_bytes,
 )
 
 
@@ -287,7 +286,7 @@ def test_the_newest_that_verifies_and_those_passed_over(tmp_path):
     (tmp_path / "checkpoint-100" / "adapter.safetensors").write_bytes(b"wEights")
     (tmp_path / "checkpoint-120" / MANIFEST).unlink()
     assert newest_sealed(tmp_path) == choose(tmp_path).folder == tmp_path / "checkpoint-80"
-    assert faults(tmp_path) == [
+    assert choose(tmp_path).passed_over == [
         (tmp_path / "checkpoint-120", "manifest.json: it is missing"),
         (tmp_path / "checkpoint-100", "adapter.safetensors: its hash is not the manifest's"),
     ]
@@ -295,7 +294,7 @@ def test_the_newest_that_verifies_and_those_passed_over(tmp_path):
 
 def test_nothing_to_choose_from(tmp_path):
     assert newest_sealed(tmp_path / "nowhere") is None
-    assert faults(tmp_path / "nowhere") == []
+    assert choose(tmp_path / "nowhere").passed_over == []
     recover(tmp_path / "nowhere")
     assert remove_leftovers(tmp_path / "nowhere") == []
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from qhybrid.base.tensor_files import read_tensors, write_tensors
 from qhybrid.errors import RunFolderError
-from qhybrid.training.checkpoint import read_tensors, require_space, write_tensors
+from qhybrid.training.checkpoint import require_space
 
 
 def test_tensors_come_back_as_they_were(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qhybrid.training.trainer import num_rows, split_batch
+from qhybrid.training.batches import num_rows, split_batch
 
 
 def test_padded_rows_are_split_as_they_are():

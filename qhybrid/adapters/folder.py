@@ -23,7 +23,8 @@ from qhybrid.adapters.attach import ADAPTER, adapted_modules
 from qhybrid.adapters.convert import PlainModule, plain_peft_config, plain_peft_state, to_plain
 from qhybrid.adapters.dora import refresh_norms
 from qhybrid.architecture.layout import Layout, first_fault
-from qhybrid.base.tensor_files import write_bytes, write_tensors
+from qhybrid.base.tensor_files import write_tensors
+from qhybrid.disk import write_bytes
 from qhybrid.errors import AdapterError
 from qhybrid.recipe.schema import AttnImplementation, Dtype, Method
 from qhybrid.redaction import redacted_values

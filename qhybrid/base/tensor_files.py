@@ -5,23 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from qhybrid.disk import write_bytes
 from qhybrid.errors import RunFolderError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-def write_bytes(file: Path, *parts: bytes | memoryview) -> None:
-    """Write `parts` one after the other, through `open`: a full disk is an OSError, and the umask counts.
-
-    Raises:
-        OSError: the disk is full or fails. A part of the file may be there.
-    """
-    with open(file, "wb") as stream:
-        for part in parts:
-            stream.write(part)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -34,8 +24,6 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         OSError: as `write_bytes`.
         RuntimeError: two of the tensors share memory.
     """
-    from safetensors.torch import save  # loads torch, which `write_bytes` alone does not need
-
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     num_header_bytes = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + num_header_bytes])
@@ -52,9 +40,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         RunFolderError: the file cannot be read, or is not a .safetensors file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     try:
         return load(file.read_bytes())
     except OSError as error:

@@ -12,7 +12,6 @@ At most one process at a time may change a folder of checkpoints; the caller see
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qhybrid.base.tensor_files import write_bytes
+from qhybrid.disk import remove, sync_file, sync_folder, write_bytes
 from qhybrid.errors import RunFolderError
 from qhybrid.units import format_bytes
 
@@ -52,10 +51,10 @@ def staged(checkpoints: Path, step: int) -> Iterator[Path]:
     assert step >= 0, f"there is no step {step}"
     if not checkpoints.is_dir():
         checkpoints.mkdir(parents=True, exist_ok=True)
-        _sync_folder(checkpoints.parent)
+        sync_folder(checkpoints.parent)
     recover(checkpoints)  # before anything of the same step is removed
     staging = _hidden(checkpoints, step, _PARTIAL)
-    _remove(staging)  # of a killed process
+    remove(staging)  # of a killed process
     try:
         staging.mkdir()
         yield staging
@@ -78,18 +77,18 @@ def seal(folder: Path) -> None:
     for item in content:
         assert not item.is_symlink(), f"{item} is a link: what it leads to is not part of the checkpoint"
         if item.is_file():
-            _sync_file(item)
+            sync_file(item)
             files[item.relative_to(folder).as_posix()] = {"bytes": item.stat().st_size, "sha256": _sha256(item)}
     assert files, f"{folder} has no files to seal"
     for item in content:
         if item.is_dir():
-            _sync_folder(item)
+            sync_folder(item)
     temporary = folder / _MANIFEST_BEING_WRITTEN
     write_bytes(temporary, _manifest_text(files))
-    _sync_file(temporary)
-    _sync_folder(folder)  # the files' names are on the disk before the manifest that lists them
+    sync_file(temporary)
+    sync_folder(folder)  # the files' names are on the disk before the manifest that lists them
     os.rename(temporary, folder / MANIFEST)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _publish(staging: Path, checkpoints: Path, step: int) -> None:
@@ -103,7 +102,7 @@ def _publish(staging: Path, checkpoints: Path, step: int) -> None:
         if os.path.lexists(aside) and not os.path.lexists(final):
             os.rename(aside, final)
         raise
-    _sync_folder(checkpoints)
+    sync_folder(checkpoints)
     shutil.rmtree(aside, ignore_errors=True)  # what stays is `recover`'s; the new checkpoint is whole
 
 
@@ -249,8 +248,8 @@ def recover(checkpoints: Path) -> None:
         elif not is_whole(final) and is_whole(aside):
             _discard(final)
             os.rename(aside, final)
-        _sync_folder(checkpoints)
-        _remove(aside)
+        sync_folder(checkpoints)
+        remove(aside)
 
 
 def remove_leftovers(checkpoints: Path) -> list[str]:
@@ -264,7 +263,7 @@ def remove_leftovers(checkpoints: Path) -> list[str]:
     recover(checkpoints)
     leftovers = [folder for kind in (_PARTIAL, _OLD) for folder, _ in _hidden_ones(checkpoints, kind)]
     for folder in leftovers:
-        _remove(folder)
+        remove(folder)
     return [folder.name for folder in leftovers]
 
 
@@ -282,16 +281,9 @@ def _hidden_ones(checkpoints: Path, kind: str) -> list[tuple[Path, int]]:
 def _discard(folder: Path) -> None:
     """Delete a checkpoint. It loses its name first: half of one must never look like one."""
     doomed = _hidden(folder.parent, step_of(folder), _OLD)
-    _remove(doomed)
+    remove(doomed)
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)  # what stays is `remove_leftovers`'; no reason to stop a run
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        path.unlink()
 
 
 # ---- the disk ----
@@ -318,22 +310,6 @@ def require_space(folder: Path, needed_bytes: int) -> None:
             f"{format_bytes(needed_bytes)}, and the old one goes only when the new one is whole",
             hint=f"have {format_bytes(2 * needed_bytes)} free there, or choose an output_dir on another disk",
         )
-
-
-def _sync_file(file: Path) -> None:
-    with open(file, "rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot do it for folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(file: Path) -> str:

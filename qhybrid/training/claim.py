@@ -22,7 +22,7 @@ from qhybrid.training.events import read_events
 from qhybrid.training.run import STATE, Run
 
 _LEFT_BY_A_RUN = (
-    "adapter", "checkpoints", "events.jsonl", "audit.json", "layout.json", "plan.json",
+    "adapter", ".adapter.partial", "checkpoints", "events.jsonl", "audit.json", "layout.json", "plan.json",
     "tensorboard", "recipe.yaml", "run.json", "base.json", "deepspeed.json",
 )  # fmt: skip
 _REPLACED = ".replaced"  # an earlier run, until its successor has taken a step

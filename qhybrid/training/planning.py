@@ -9,6 +9,7 @@ from typing import Any
 
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
+from qhybrid.disk import write_atomically
 from qhybrid.errors import MemoryPlanError
 from qhybrid.planner.advise import ways_to_fit
 from qhybrid.planner.holdings import adalora_scores, adapter_bytes, optimizer_states
@@ -17,7 +18,7 @@ from qhybrid.planner.plan import Budget, Plan, RankCap, make_plan
 from qhybrid.planner.solve import rank_caps, solve_rank, with_ranks
 from qhybrid.planner.workload import WIDTHS, Device
 from qhybrid.recipe.schema import Recipe
-from qhybrid.training.run import Run, write_atomically
+from qhybrid.training.run import Run
 from qhybrid.units import format_bytes
 
 

@@ -10,7 +10,6 @@ deepspeed.json   what DeepSpeed was told         base.json     hashes of the bas
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,10 +20,10 @@ import psutil
 
 from qhybrid.base.fingerprint import compare, fingerprint
 from qhybrid.base.locate import weight_files
+from qhybrid.disk import write_atomically
 from qhybrid.errors import RunFolderError
 from qhybrid.recipe.load import dump_recipe
 from qhybrid.recipe.schema import Recipe
-from qhybrid.redaction import redacted
 
 STATE = "state.json"  # in a checkpoint that can be resumed
 Status = Literal["running", "finished", "failed", "interrupted"]
@@ -138,18 +137,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[library] = "not installed"
     return found
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write `text`, redacted, so that a reader sees the old content or the new, never a part."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.unlink(missing_ok=True)  # of a killed process; or a link, which must not be followed
-    try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(redacted(text))
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except BaseException:  # a full disk, or a signal
-        temporary.unlink(missing_ok=True)
-        raise

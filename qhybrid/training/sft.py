@@ -28,6 +28,7 @@ from qhybrid.base.load import load_base
 from qhybrid.base.locate import find_local, hub_commit, model_folder
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import PreparedData, prepare_data
+from qhybrid.disk import whole_folder, write_atomically
 from qhybrid.errors import (
     AllocationError,
     DataError,
@@ -76,7 +77,7 @@ from qhybrid.training.processes import (
     place,
     together,
 )
-from qhybrid.training.run import Run, begin, check_base, versions, write_atomically
+from qhybrid.training.run import Run, begin, check_base, versions
 from qhybrid.training.signals import Interrupted, StopSignals, stop_signals
 from qhybrid.training.summary import announce, figures_of, predicted_memory
 from qhybrid.training.trainer import BandedTrainer
@@ -296,11 +297,12 @@ def _train(
     began = time.perf_counter()
 
     def finish() -> dict[str, Any]:
-        save_adapter(trainer.model, layout, info, run.adapter)
-        tokenizer.save_pretrained(str(run.adapter))
-        settings = run.adapter / "tokenizer_config.json"
-        if settings.is_file():  # some hold the paths that they were loaded from
-            write_atomically(settings, settings.read_text(encoding="utf-8"))
+        with whole_folder(run.adapter) as folder:
+            save_adapter(trainer.model, layout, info, folder)
+            tokenizer.save_pretrained(str(folder))
+            settings = folder / "tokenizer_config.json"
+            if settings.is_file():  # some hold the paths that they were loaded from
+                write_atomically(settings, settings.read_text(encoding="utf-8"))
         _require_allocations(trainer, run)
         return figures_of(trainer, events, run, seconds=time.perf_counter() - began)
 

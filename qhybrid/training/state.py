@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qhybrid.base.tensor_files import read_tensors, write_bytes, write_tensors
+from qhybrid.base.tensor_files import read_tensors, write_tensors
+from qhybrid.disk import write_bytes
 from qhybrid.errors import RunFolderError
 from qhybrid.training.run import STATE
 from qhybrid.training.zero import ZeroAccess

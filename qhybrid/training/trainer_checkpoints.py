@@ -21,7 +21,8 @@ from qhybrid.adapters.access import DIRECT
 from qhybrid.adapters.allocator import RankAllocator
 from qhybrid.adapters.folder import load_weights, save_weights, trained_tensors
 from qhybrid.architecture.layout import Layout
-from qhybrid.base.tensor_files import write_bytes, write_tensors
+from qhybrid.base.tensor_files import write_tensors
+from qhybrid.disk import write_bytes
 from qhybrid.recipe.schema import Recipe
 from qhybrid.redaction import redacted_values
 from qhybrid.training.checkpoint import prune, staged

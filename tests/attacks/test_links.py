@@ -8,8 +8,8 @@ import shutil
 import pytest
 from watch import only_inside
 
+from qhybrid.disk import write_atomically
 from qhybrid.training.events import EventLog
-from qhybrid.training.run import write_atomically
 
 
 @pytest.mark.parametrize(

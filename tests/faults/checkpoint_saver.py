@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from qhybrid.base.tensor_files import write_bytes
+from qhybrid.disk import write_bytes
 from qhybrid.training.checkpoint import newest_sealed, prune, recover, remove_leftovers, staged, step_of
 
 SIZES = {"adapter.safetensors": 40_000, "optimizer.safetensors": 150_000, "trainer_state.json": 10_000}

@@ -99,6 +99,7 @@ def test_the_disk_fills_while_the_adapter_is_written(tmp_path, uninterrupted, mo
             train(again)
     monkeypatch.undo()
     assert "checkpoint-10 is whole: go on with --resume auto" in str(caught.value)
+    assert not list((tmp_path / "run").glob("*adapter*"))
     train(again, resume=True)
     assert_same(tmp_path / "run", whole)
 

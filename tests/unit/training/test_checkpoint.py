@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qhybrid.base.tensor_files import write_bytes
+from qhybrid.disk import write_bytes
 from qhybrid.training import checkpoint
 from qhybrid.training.checkpoint import (
     MANIFEST,

@@ -42,7 +42,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "the claim": (sft, "begin"),
     "the first files": (run, "write_atomically"),
 }
-# Of ten steps: two micro-batches each. Of five evaluations: four batches each. Of five saves: twice two files.
+# Of ten steps: two micro-batches each. Of five evaluations: four batches each. Of five saves: the adapter, and then two files each.
 MOMENTS = [
     ("an evaluation", 6), ("a save", 3), ("a micro-batch", 6),
     ("an evaluation", 18), ("the end of a step", 5), ("the end of a save", 2),
@@ -194,7 +194,7 @@ SECOND = [
     (("a micro-batch", 6), ("the end of a save", 2)),
     (("an evaluation", 6), ("the rest of a save", 4)),
     pytest.param((("a micro-batch", 6), ("the status", 2)), marks=SLOW),
-    pytest.param((("a save", 3), ("the rest of a save", 4)), marks=SLOW),
+    pytest.param((("a save", 2), ("the rest of a save", 4)), marks=SLOW),
 ]
 
 

@@ -48,7 +48,7 @@ How a run keeps its work, and what was tried to make it lose it. The tests are i
 - A checkpoint is written into a hidden folder, every file synced to the disk, a manifest with sizes and
   SHA-256 hashes written last, and the folder renamed. Only then are older ones deleted, by step number. It is
   safetensors and JSON; nothing in it is pickled, and it holds everything whole, by name, whatever the number
-  of processes.
+  of processes. The result, `adapter/`, appears whole or not at all too.
 - `--resume auto` takes the newest checkpoint that verifies, and says which file of a newer one was damaged.
   If checkpoints are there and none is whole, it stops instead of starting anew. The weights of the base model
   are hashed at the start (`base.json`), checked against the hub's own hashes where there are some, and a

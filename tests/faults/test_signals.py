@@ -42,7 +42,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "the claim": (sft, "begin"),
     "the first files": (run, "write_atomically"),
 }
-# Of ten steps: two micro-batches each. Of five evaluations: four batches each. Of five saves: the adapter, and then two files each.
+# Ten steps of two micro-batches, five evaluations of four batches, five saves of the adapter and two files more.
 MOMENTS = [
     ("an evaluation", 6), ("a save", 3), ("a micro-batch", 6),
     ("an evaluation", 18), ("the end of a step", 5), ("the end of a save", 2),

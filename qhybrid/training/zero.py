@@ -77,13 +77,19 @@ class ZeroAccess:
         self._engine = engine
         self._sharded = engine.zero_optimization_stage() == 3
         self._gradients: dict[nn.Parameter, Tensor | None] = {}
-        if self._sharded:  # DeepSpeed gathers what stays whole after its first step; it may be read before
-            trained = [parameter for _, members in self._flats() for parameter in members]
-            trained[0].all_gather(trained)
+        self._gather()
+
+    def _gather(self) -> None:
+        """Make whole what is trained. In stage 3 it stays so from the first step on, and may be read before."""
+        trained = [parameter for _, members in self._flats() for parameter in members]
+        missing = [parameter for parameter in trained if parameter.shape != _shape(parameter)]
+        if missing:
+            missing[0].all_gather(missing)
 
     def values(self, parameter: nn.Parameter) -> Tensor:
-        """As `Access`. What is trained is fp32 and stays whole, in stage 3 too."""
-        assert parameter.shape == _shape(parameter), "not gathered"
+        """As `Access`. What is trained is fp32."""
+        if parameter.shape != _shape(parameter):
+            self._gather()
         return parameter.detach()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import THREE_BANDS, chat_rows, run_recipe, write_rows
+from helpers import THREE_BANDS, chat_rows, record_figure, run_recipe, write_rows
 from rich.console import Console
 
 from qhybrid.cli import main
@@ -27,6 +27,23 @@ def command() -> Callable[..., int]:
         return 0
 
     return run
+
+
+@pytest.fixture(scope="module")
+def silent(request) -> Iterator[list[Path]]:
+    """The canaries that did not run; once all attacks are through, they are told under the module's CANARIES."""
+    found: list[Path] = []
+    yield found
+    record_figure(*request.module.CANARIES, f"ran 0 times in {len(found)} attacks")
+
+
+@pytest.fixture
+def ran(tmp_path: Path, silent: list[Path]) -> Iterator[Path]:
+    """The file that every canary of a test creates; it must not be there when the test ends."""
+    file = tmp_path / "canary-ran"
+    yield file
+    assert not file.exists(), "what came with a model or a run was executed"
+    silent.append(file)
 
 
 @pytest.fixture

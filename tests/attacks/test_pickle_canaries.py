@@ -6,12 +6,10 @@ import contextlib
 import json
 import pickle
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from canaries import PICKLES, OpensAFile, write_pickles
-from helpers import record_figure
 from rich.console import Console
 
 from qhybrid.errors import QhybridError
@@ -19,24 +17,13 @@ from qhybrid.training.checkpoint import seal
 from qhybrid.training.sft import run_sft
 
 QUIET = Console(quiet=True)
-_silent: list[Path] = []  # canaries that did not run
-
-
-@pytest.fixture
-def ran(tmp_path):
-    """The file that every canary of a test creates; it must not be there when the test ends."""
-    file = tmp_path / "canary-ran"
-    yield file
-    assert not file.exists(), "a pickle was opened"
-    _silent.append(file)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def figures():
-    """What became of the canaries, once all attacks are through."""
-    yield
-    if _silent:
-        record_figure(8, "canaries of pickles", f"ran 0 times in {len(_silent)} attacks")
+CANARIES = (8, "canaries of pickles")
+STORED_NF4 = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}
 
 
 def test_the_canaries_sing(tmp_path):
@@ -73,12 +60,7 @@ def test_pickles_in_the_place_of_weights_are_refused(project, ran, command, caps
         (model / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     if stored_nf4:  # this form is loaded by transformers
         config = json.loads((model / "config.json").read_text())
-        config["quantization_config"] = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-        }
+        config["quantization_config"] = STORED_NF4
         (model / "config.json").write_text(json.dumps(config))
     assert command("sft", project / "recipe.yaml") == 2
     assert "can run code when opened" in capsys.readouterr().err
@@ -89,12 +71,7 @@ def test_pickles_in_the_place_of_weights_are_refused(project, ran, command, caps
 def test_a_config_cannot_choose_a_pickle_as_its_weights(project, ran, command, capsys, name):
     model = project / "model"
     config = json.loads((model / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-    }
+    config["quantization_config"] = STORED_NF4
     config["transformers_weights"] = name
     (model / "config.json").write_text(json.dumps(config))
     write_pickles(model, ran)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from canaries import write_code
-from helpers import record_figure
 
-_silent: list[Path] = []  # canaries that did not run
+CANARIES = (9, "canaries of remote code")
 COMMANDS = {
     "sft": ["sft", "recipe.yaml"],
     "sft --dry-run": ["sft", "recipe.yaml", "--dry-run"],
@@ -22,23 +20,6 @@ COMMANDS = {
     "recipes check": ["recipes", "check", "recipe.yaml"],
 }
 HOSTILE_TEMPLATE = "{{% for m in messages %}}{{{{ m['content'] }}}}{{% endfor %}}{{{{ {expression} }}}}"
-
-
-@pytest.fixture
-def ran(tmp_path):
-    """The file that every canary of a test creates; it must not be there when the test ends."""
-    file = tmp_path / "canary-ran"
-    yield file
-    assert not file.exists(), "foreign code was run"
-    _silent.append(file)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def figures():
-    """What became of the canaries, once all attacks are through."""
-    yield
-    if _silent:
-        record_figure(9, "canaries of remote code", f"ran 0 times in {len(_silent)} attacks")
 
 
 def test_the_canaries_sing(project, tmp_path, monkeypatch):

@@ -160,6 +160,23 @@ def epochs(tmp_path_factory, tiny_model_folder):
     return loaded, train(loaded).run.folder
 
 
+@pytest.mark.parametrize("save", [1, 2])
+def test_a_signal_between_the_last_checkpoint_of_an_epoch_and_its_evaluation(
+    tmp_path, tiny_model_folder, monkeypatch, save
+):
+    """The evaluation is made once, when the run goes on; at the end of the run, too."""
+    changes = {**EPOCHS, "save_strategy": "steps", "save_steps": 5, "load_best_model_at_end": False}
+    loaded = recipe_in(tmp_path, tiny_model_folder, changes)
+    whole = train(loaded).run.folder
+    again = moved_to(tmp_path / "again", loaded)
+    sent, ended = interrupt(again, monkeypatch, ("the end of a save", save))
+    assert ended is not None and sent.num_saves_after == 0
+    assert_nothing_lost(tmp_path / "again")
+    assert len(evaluations_of(tmp_path / "again")) == save - 1
+    train(again, resume=True)
+    assert_same(tmp_path / "again", whole)
+
+
 @SLOW
 def test_a_signal_again_and_again(tmp_path, uninterrupted, monkeypatch):
     """Each resumption is stopped too: in the evaluation that it makes up for, and in the save after that."""

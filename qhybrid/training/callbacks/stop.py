@@ -31,9 +31,7 @@ class StopWhenAsked(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         # Called for an epoch that was left early, too.
         if self._trainer.is_stopping:
-            pending = self._trainer.evaluation_pending
-            control.should_evaluate = not pending and self._trainer.is_epoch_evaluation_due()
-            control.should_save = False
+            control.should_evaluate = control.should_save = False
 
     def on_prediction_step(self, args, state, control, **kwargs) -> None:
         if self._trainer.is_in_train and self._asked():
@@ -41,4 +39,5 @@ class StopWhenAsked(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs) -> None:
         if self._asked():
+            self._trainer.evaluation_pending |= self._trainer.is_epoch_evaluation_due()  # as in the checkpoint
             self._trainer.stop()

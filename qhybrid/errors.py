@@ -48,6 +48,20 @@ class AdapterError(QhybridError):
     """A saved adapter cannot be read, or does not belong to the base model."""
 
 
+class ExportError(QhybridError):
+    """A result cannot be written where or as the user asked."""
+
+
+class ProofError(QhybridError):
+    """A conversion or a merged model does not compute what it should, so it was not written."""
+
+    exit_code = 1
+
+
+class ServingError(QhybridError):
+    """The server cannot be started as asked."""
+
+
 class DataError(QhybridError):
     """A data file cannot be read, or too little of it is usable."""
 

@@ -8,7 +8,7 @@ for adalora. LoraVariant is not public API; tests/integration/test_contracts.py 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,6 +17,8 @@ from torch import nn
 
 from qhybrid.adapters.adalora import INITIAL_STD, AdaLoraVariant, add_lambda
 from qhybrid.adapters.dora import DoraMagnitude, DoraVariant
+from qhybrid.adapters.peft_folder import plain_peft_config
+from qhybrid.adapters.plain import PlainModule
 from qhybrid.architecture.layout import Layout, LayoutRow
 from qhybrid.base.load import keep_exact_on_cpu
 from qhybrid.errors import ModelError
@@ -33,15 +35,65 @@ def attach(model: nn.Module, layout: Layout, *, dtype: torch.dtype) -> PeftModel
     Raises:
         ModelError: the model lacks a module of the layout.
     """
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    missing = [row.module for row in layout if row.module not in linears]
-    if missing:
-        raise ModelError(f"the model has no linear module {missing[0]} ({len(missing)} of {len(layout)} missing)")
+    _require_linears(model, [row.module for row in layout])
     keep_exact_on_cpu(model)
     peft_model = get_peft_model(model, peft_config(layout), adapter_name=ADAPTER, autocast_adapter_dtype=False)
     for row, module in adapted_modules(peft_model, layout):
         _build(row, module, dtype)
     return peft_model
+
+
+def _require_linears(model: nn.Module, modules: Sequence[str]) -> None:
+    linears = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, LoraLayer))}
+    missing = [module for module in modules if module not in linears]
+    if missing:
+        raise ModelError(f"the model has no linear module {missing[0]} ({len(missing)} of {len(modules)} missing)")
+
+
+def attach_plain(
+    model: nn.Module, modules: Sequence[PlainModule], *, dtype: torch.dtype, name: str = ADAPTER
+) -> PeftModel:
+    """Add finished LoRA and DoRA modules, frozen, as the adapter `name`: to a base model, or beside others.
+
+    Args:
+        model: a base model, which becomes a PeftModel in place; or a PeftModel, whose active adapter stays.
+        dtype: of A and B. DoRA's magnitudes are fp32.
+        name: not taken yet, and without dots.
+
+    Raises:
+        ModelError: the model lacks one of the modules.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _require_linears(base, [module.module for module in modules])
+    config = plain_peft_config(modules, "")
+    config.use_dora = False  # the variants below are ours
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config, autocast_adapter_dtype=False)
+    else:
+        keep_exact_on_cpu(model)
+        model = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
+    for plain in modules:
+        layer = base.get_submodule(plain.module)
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        if (a.weight.shape, b.weight.shape) != (plain.a.shape, plain.b.shape):
+            raise ModelError(
+                f"{plain.module} has {a.in_features} inputs and {b.out_features} outputs in the model, and "
+                f"{plain.shape[1]} and {plain.shape[0]} in the adapter",
+                hint="the adapter belongs to another base model",
+            )
+        with torch.no_grad():
+            a.to(dtype).weight.copy_(plain.a)
+            b.to(dtype).weight.copy_(plain.b)
+        layer.scaling[name] = plain.scaling
+        if plain.magnitude is not None:
+            if not layer.lora_magnitude_vector:
+                layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_magnitude_vector")
+            magnitude = DoraMagnitude(layer.get_base_layer())
+            with torch.no_grad():
+                magnitude.weight.copy_(plain.magnitude)
+            layer.lora_magnitude_vector[name] = magnitude
+            layer.lora_variant[name] = DoraVariant()
+    return model.requires_grad_(False)
 
 
 def peft_config(layout: Layout) -> LoraConfig:

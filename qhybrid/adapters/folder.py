@@ -9,48 +9,27 @@ peft/lora, peft/dora  the same adapter for peft without qhybrid (AdaLoRA folded 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from qhybrid.adapters.access import DIRECT, Access
 from qhybrid.adapters.attach import ADAPTER, adapted_modules
-from qhybrid.adapters.convert import PlainModule, plain_peft_config, plain_peft_state, to_plain
 from qhybrid.adapters.dora import refresh_norms
-from qhybrid.architecture.layout import Layout, first_fault
-from qhybrid.base.tensor_files import write_tensors
+from qhybrid.adapters.info import INFO, LAYOUT, AdapterInfo, read_adapter
+from qhybrid.adapters.peft_folder import CONFIG, read_peft_folder, write_peft_folder
+from qhybrid.adapters.plain import PlainAdapter, PlainModule, plain_modules, require_finite
+from qhybrid.architecture.layout import Layout, LayoutRow
+from qhybrid.base.locate import refuse_links_out
+from qhybrid.base.tensor_files import read_tensors, write_tensors
 from qhybrid.disk import write_bytes
 from qhybrid.errors import AdapterError
-from qhybrid.recipe.schema import AttnImplementation, Dtype, Method
 from qhybrid.redaction import redacted_values
 
-WEIGHTS, LAYOUT, INFO = "adapter.safetensors", "layout.json", "adapter.json"
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What is needed to load an adapter again: its base model and how that was loaded."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-
-    base_model: str  # as the recipe names it
-    base_revision: str | None  # the commit, for a model from the hub
-    quantization: Method
-    double_quant: bool
-    dtype: Dtype  # of the base model's unquantised weights
-    adapter_dtype: Dtype
-    attn_implementation: AttnImplementation
-    chat_template: str | None = None  # what conversations were rendered with
-    system_prompt: str | None = None  # for conversations that have none
-    date: str | None = None  # what chat templates that write the date were told (ISO 8601)
-    versions: dict[str, str] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+WEIGHTS = "adapter.safetensors"
 
 
 def trained_tensors(model: PeftModel, layout: Layout) -> dict[str, nn.Parameter]:
@@ -86,23 +65,8 @@ def load_weights(model: PeftModel, layout: Layout, folder: Path, access: Access 
     Raises:
         AdapterError: a file that is missing or damaged, or tensors that are not exactly the layout's.
     """
-    file = folder / WEIGHTS
     own = trained_tensors(model, layout)
-    try:
-        with safe_open(str(file), framework="pt") as reader:
-            saved = set(reader.keys())
-            if saved != own.keys():
-                raise AdapterError(
-                    f"its tensors are not those of the layout; for example {min(saved ^ own.keys())}",
-                    where=str(file),
-                )
-            values = {name: reader.get_tensor(name) for name in own}
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"cannot be read: {error}", where=str(file)) from None
-    for name, value in values.items():
-        wanted = getattr(own[name], "ds_shape", own[name].shape)  # of a parameter that DeepSpeed has in shards
-        if value.shape != wanted:
-            raise AdapterError(f"{name} is {tuple(value.shape)}, the layout says {tuple(wanted)}", where=str(file))
+    values = _read_weights(folder, layout)
     with torch.no_grad():
         for name, value in values.items():
             access.assign(own[name], value)
@@ -112,42 +76,123 @@ def load_weights(model: PeftModel, layout: Layout, folder: Path, access: Access 
 def save_adapter(model: PeftModel, layout: Layout, info: AdapterInfo, folder: Path) -> None:
     """Write the whole adapter folder."""
     save_weights(model, layout, folder)
-    info = AdapterInfo(**redacted_values(asdict(info)))
-    (folder / INFO).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
-    lora, dora = to_plain(model, layout)
-    for name, modules in (("lora", lora), ("dora", dora)):
-        if modules:
-            save_plain(modules, info.base_model, folder / "peft" / name)
+    _save_beside(plain_modules(layout, trained_tensors(model, layout)), info, folder)
 
 
-def save_plain(modules: list[PlainModule], base_model: str, folder: Path) -> None:
-    """Write plain modules as an ordinary peft adapter folder."""
+def save_plain(modules: tuple[PlainModule, ...], info: AdapterInfo, folder: Path, band: str) -> None:
+    """Write plain modules as an adapter folder of one band, which qhybrid and peft read."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "adapter_model.safetensors", plain_peft_state(modules), {"format": "pt"})
-    plain_peft_config(modules, base_model).save_pretrained(str(folder))
+    tensors = {}
+    for m in modules:
+        tensors |= {f"{m.module}.lora_A": m.a, f"{m.module}.lora_B": m.b}
+        if m.magnitude is not None:
+            tensors[f"{m.module}.lora_magnitude"] = m.magnitude
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    layout = Layout(tuple(_row(module, band) for module in modules))
+    write_bytes(folder / LAYOUT, layout.to_json().encode())
+    _save_beside(modules, info, folder)
 
 
-def read_adapter(folder: Path) -> tuple[Layout, AdapterInfo]:
-    """The layout and the description of a saved adapter.
+def _row(module: PlainModule, band: str) -> LayoutRow:
+    layer, target = layer_and_target(module.module)
+    out_features, in_features = module.shape
+    return LayoutRow(
+        module=module.module,
+        layer=layer,
+        target=target,
+        in_features=in_features,
+        out_features=out_features,
+        band=band,
+        kind="lora" if module.magnitude is None else "dora",
+        rank=module.rank,
+        target_rank=module.rank,
+        alpha=module.scaling * module.rank,
+        scaling=module.scaling,
+        dropout=0.0,
+        init="none",
+        loraplus_lr_ratio=1.0,
+    )
+
+
+def layer_and_target(module: str) -> tuple[int, str]:
+    """3 and "q_proj" of "model.layers.3.self_attn.q_proj".
 
     Raises:
-        AdapterError: not an adapter folder of qhybrid, or one of another format version.
+        AdapterError: the module is in no layer.
     """
-    if not (folder / INFO).is_file() or not (folder / LAYOUT).is_file():
-        nearby = [candidate.parent for candidate in sorted(folder.glob(f"*/{INFO}"))] if folder.is_dir() else []
+    layer = next((part for part in module.split(".") if part.isdecimal()), None)
+    if layer is None:
         raise AdapterError(
-            f"{folder} is not an adapter folder of qhybrid",
-            hint=f"did you mean {nearby[0]}?" if nearby else f"it must hold {INFO} and {LAYOUT}",
+            f"{module} is in no layer of the model", hint="only linear layers of the decoder are read"
         )
-    layout = Layout.from_json((folder / LAYOUT).read_text(encoding="utf-8"), str(folder / LAYOUT))
-    try:
-        content = json.loads((folder / INFO).read_text(encoding="utf-8"))
-        if content.get("format_version") != FORMAT_VERSION:
-            raise AdapterError(
-                f"format version {content.get('format_version')} is not {FORMAT_VERSION}", where=str(folder / INFO)
-            )
-        return layout, TypeAdapter(AdapterInfo).validate_json(json.dumps(content))
-    except ValidationError as error:
-        raise AdapterError(f"not an adapter description: {first_fault(error)}", where=str(folder / INFO)) from None
-    except (ValueError, AttributeError) as error:
-        raise AdapterError(f"not an adapter description: {error}", where=str(folder / INFO)) from None
+    return int(layer), module.rpartition(".")[2]
+
+
+def _save_beside(modules: tuple[PlainModule, ...], info: AdapterInfo, folder: Path) -> None:
+    """adapter.json, and the folders for peft."""
+    info = AdapterInfo(**redacted_values(asdict(info)))
+    write_bytes(folder / INFO, (json.dumps(asdict(info), indent=2) + "\n").encode())
+    adapter = PlainAdapter(modules, info, folder)
+    for name, part in (("lora", adapter.lora), ("dora", adapter.dora)):
+        if part:
+            write_peft_folder(part, info.base_model, folder / "peft" / name)
+
+
+def read_plain(folder: Path) -> PlainAdapter:
+    """An adapter of qhybrid (its folder or the run's), or a LoRA, rsLoRA, DoRA or PiSSA folder of peft.
+
+    Raises:
+        AdapterError: none of these, or a file that is damaged, or values that are not finite.
+        ModelError: a file is a link to another place.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"there is no folder {folder}", hint="name an adapter folder or a run folder")
+    if (folder / "run.json").is_file():
+        if not (folder / "adapter").is_dir():
+            raise AdapterError(f"the run in {folder} has not finished: it has no adapter yet")
+        folder = folder / "adapter"
+    refuse_links_out(folder)
+    if (folder / INFO).is_file() or not (folder / CONFIG).is_file():
+        layout, info = read_adapter(folder)
+        adapter = PlainAdapter(plain_modules(layout, _read_weights(folder, layout)), info, folder)
+    else:
+        modules, config = read_peft_folder(folder)
+        init = str(config.get("init_lora_weights"))
+        dtype = str(modules[0].a.dtype).removeprefix("torch.")
+        info = AdapterInfo(
+            base_model=config.get("base_model_name_or_path") or "",
+            base_revision=config.get("revision"),
+            quantization="none",
+            double_quant=True,
+            dtype="bfloat16",
+            adapter_dtype="bfloat16" if dtype == "bfloat16" else "float32",
+            attn_implementation="sdpa",
+        )
+        adapter = PlainAdapter(modules, info, folder, init if init.startswith("pissa") else None)
+    require_finite(adapter.modules, str(folder))
+    return adapter
+
+
+def _read_weights(folder: Path, layout: Layout) -> dict[str, Tensor]:
+    """The tensors of adapter.safetensors, which are exactly those that the layout tells of.
+
+    Raises:
+        AdapterError: a file that is missing or damaged, or other tensors.
+    """
+    file = folder / WEIGHTS
+    tensors = read_tensors(file, AdapterError)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for row in layout:
+        wanted[f"{row.module}.lora_A"] = (row.rank, row.in_features)
+        wanted[f"{row.module}.lora_B"] = (row.out_features, row.rank)
+        if row.kind == "dora":
+            wanted[f"{row.module}.lora_magnitude"] = (row.out_features,)
+        elif row.kind == "adalora":
+            wanted[f"{row.module}.lora_lambda"] = (row.rank,)
+    if tensors.keys() != wanted.keys():
+        example = min(tensors.keys() ^ wanted.keys())
+        raise AdapterError(f"its tensors are not those of the layout; for example {example}", where=str(file))
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise AdapterError(f"{name} is {tuple(tensors[name].shape)}, the layout says {shape}", where=str(file))
+    return tensors

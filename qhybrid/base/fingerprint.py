@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
+from qhybrid.architecture.spec import read_config
 from qhybrid.errors import ModelError
+
+# Of a config.json: says nothing of what the model computes, or changes with the library that writes it.
+_NOT_THE_MODEL = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "quantization_config",
+)
 
 _MOST_THREADS = 8  # beyond that the disk decides
 
@@ -35,6 +47,17 @@ def fingerprint(files: Sequence[Path]) -> dict[str, FileFacts]:
     # hashlib lets other threads run while it works.
     with ThreadPoolExecutor(max_workers=min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         return {file.name: facts for file, facts in zip(files, pool.map(_facts, files), strict=True)}
+
+
+def config_hash(folder: Path) -> str:
+    """SHA-256, in hex, of what a model folder's config.json says of the model.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    config = read_config(folder / "config.json")
+    kept = {key: value for key, value in config.items() if key not in _NOT_THE_MODEL}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def compare(before: Mapping[str, FileFacts], now: Mapping[str, FileFacts]) -> str | None:

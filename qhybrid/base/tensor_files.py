@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from qhybrid.disk import write_bytes
-from qhybrid.errors import RunFolderError
+from qhybrid.errors import QhybridError, RunFolderError
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -34,15 +34,15 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_bytes(file, len(text).to_bytes(8, "little"), text, memoryview(content)[8 + num_header_bytes :])
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path, error_class: type[QhybridError] = RunFolderError) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, on the CPU, in memory of their own.
 
     Raises:
-        RunFolderError: the file cannot be read, or is not a .safetensors file.
+        error_class: the file cannot be read, or is not a .safetensors file.
     """
     try:
         return load(file.read_bytes())
     except OSError as error:
-        raise RunFolderError(f"{file} cannot be read: {error.strerror or error}") from error
+        raise error_class(f"{file} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise RunFolderError(f"{file} is not a whole .safetensors file ({error})") from error
+        raise error_class(f"{file} is not a whole .safetensors file ({error})") from error

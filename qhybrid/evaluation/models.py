@@ -8,8 +8,11 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qhybrid.adapters.attach import attach
-from qhybrid.adapters.folder import INFO, AdapterInfo, load_weights, read_adapter
+from qhybrid.adapters.attach import attach, attach_plain
+from qhybrid.adapters.folder import load_weights, read_plain
+from qhybrid.adapters.info import INFO, AdapterInfo, read_adapter
+from qhybrid.adapters.peft_folder import CONFIG as PEFT_CONFIG
+from qhybrid.adapters.plain import require_untouched_base
 from qhybrid.architecture.layout import first_fault
 from qhybrid.base.load import keep_exact_on_cpu, load_base
 from qhybrid.base.locate import refuse_links_out
@@ -33,7 +36,7 @@ def load_adapter_for_inference(
     """An adapter on its base model, the tokenizer that it was trained with, and what is known of it.
 
     Args:
-        folder: an adapter folder of qhybrid.
+        folder: an adapter folder of qhybrid, or what else `read_plain` reads.
         base: where the base model lies, if not where the adapter says.
         attn_implementation: another one than in training, say on a machine without flash attention.
 
@@ -42,9 +45,41 @@ def load_adapter_for_inference(
         ModelError: the base model cannot be loaded, or lacks modules of the layout; or a file of the adapter is a
             link to another place.
     """
-    if folder.is_dir():
-        refuse_links_out(folder)
-    layout, info = read_adapter(folder)
+    if (folder / PEFT_CONFIG).is_file() and not (folder / INFO).is_file():
+        plain = read_plain(folder)
+        require_untouched_base(plain)
+        info = plain.info
+    else:
+        plain = None
+        if folder.is_dir():
+            refuse_links_out(folder)
+        layout, info = read_adapter(folder)
+    section, quantization = sections_of(info, folder, base, attn_implementation)
+    model = load_base(section, quantization)
+    dtype = getattr(torch, info.adapter_dtype)
+    if plain is None:
+        model = attach(model, layout, dtype=dtype)
+        load_weights(model, layout, folder)
+        model.requires_grad_(False)
+    else:
+        model = attach_plain(model, plain.modules, dtype=dtype)
+    return model.eval(), tokenizer_of(folder, section), info
+
+
+def sections_of(
+    info: AdapterInfo, folder: Path, base: str | None = None, attn_implementation: str | None = None
+) -> tuple[ModelSection, QuantizationSection]:
+    """How the base model of an adapter is loaded, in the words of a recipe.
+
+    Args:
+        folder: where the adapter lies, for messages.
+        base, attn_implementation: as in `load_adapter_for_inference`.
+
+    Raises:
+        AdapterError: what the adapter says of its base model cannot be used.
+    """
+    if not base and not info.base_model:
+        raise AdapterError(f"{folder} does not say what its base model is", hint="name it with --base")
     try:
         section = ModelSection.model_validate(
             {
@@ -59,12 +94,15 @@ def load_adapter_for_inference(
         raise AdapterError(
             f"its base model cannot be used: {first_fault(error)}", where=str(folder / INFO)
         ) from None
-    quantization = QuantizationSection.model_validate(
+    return section, QuantizationSection.model_validate(
         {"method": info.quantization, "double_quant": info.double_quant}
     )
-    model = attach(load_base(section, quantization), layout, dtype=getattr(torch, info.adapter_dtype))
-    load_weights(model, layout, folder)
-    model.requires_grad_(False)
-    # Training saved its tokenizer beside the adapter, with the chat template and the end token that it used.
-    tokenizer = load_tokenizer(section.model_copy(update={"tokenizer": str(folder)}))
-    return model.eval(), tokenizer, info
+
+
+def tokenizer_of(folder: Path, section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer that training saved beside the adapter, with the chat template and the end token that it used;
+    the base model's where an adapter of other origin has none.
+    """
+    if (folder / "tokenizer_config.json").is_file():
+        section = section.model_copy(update={"tokenizer": str(folder)})
+    return load_tokenizer(section)

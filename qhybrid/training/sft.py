@@ -19,11 +19,13 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
 from qhybrid.adapters.attach import attach
-from qhybrid.adapters.folder import AdapterInfo, save_adapter
+from qhybrid.adapters.folder import save_adapter
+from qhybrid.adapters.info import AdapterInfo
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec, read_spec
 from qhybrid.base.facts import model_facts
+from qhybrid.base.fingerprint import config_hash
 from qhybrid.base.load import load_base
 from qhybrid.base.locate import find_local, hub_commit, model_folder
 from qhybrid.base.tokenizer import load_tokenizer
@@ -164,7 +166,7 @@ def _run(
         try:
             events.write("plan", predicted=predicted, moments=prepared.expected.prediction.moments)
             commit = hub_commit(base) if find_local(recipe.model) is None else None
-            info = _info(recipe, data, commit, date)
+            info = _info(recipe, data, commit, date, base, run)
             figures = _train(prepared, info, run, events, console, signals)
             figures |= {f"predicted_{name}": value for name, value in predicted.items()}
             events.write("end", **figures)
@@ -361,8 +363,9 @@ def _require_allocations(trainer: BandedTrainer, run: Run) -> None:
             )
 
 
-def _info(recipe: Recipe, data: PreparedData, commit: str | None, date: str) -> AdapterInfo:
+def _info(recipe: Recipe, data: PreparedData, commit: str | None, date: str, base: Path, run: Run) -> AdapterInfo:
     path = recipe.model.path
+    files = json.loads(run.base_file.read_text(encoding="utf-8"))
     return AdapterInfo(
         base_model=path.partition("@")[0] if commit else path,  # the commit is what "@revision" was then
         base_revision=commit or recipe.model.revision,
@@ -374,5 +377,7 @@ def _info(recipe: Recipe, data: PreparedData, commit: str | None, date: str) -> 
         chat_template=data.chat_template,
         system_prompt=recipe.data.system_prompt,
         date=date,
+        base_config_sha256=config_hash(base),
+        base_sha256={name: facts["sha256"] for name, facts in files.items()},
         versions=versions(),
     )

@@ -14,7 +14,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from qhybrid.adapters.attach import adapted_modules, attach
-from qhybrid.adapters.folder import load_weights, read_adapter, save_adapter
+from qhybrid.adapters.folder import load_weights, save_adapter
+from qhybrid.adapters.info import read_adapter
 from qhybrid.base.load import load_base
 from qhybrid.errors import AdapterError
 from qhybrid.evaluation.models import load_adapter_for_inference

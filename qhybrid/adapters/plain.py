@@ -1,0 +1,127 @@
+"""An adapter as plain LoRA and DoRA factors, without a model: what every kind of band comes down to.
+
+LoRA: W + s·B·A. DoRA: m ⊙ (W + s·B·A) / ||W + s·B·A||, with the norm along each output row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qhybrid.adapters.adalora import lora_factors
+from qhybrid.adapters.info import AdapterInfo
+from qhybrid.architecture.layout import Layout
+from qhybrid.errors import AdapterError
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainModule:
+    """The adapter of one module, as peft stores it."""
+
+    module: str  # "model.layers.3.self_attn.q_proj"
+    a: Tensor  # (r, in)
+    b: Tensor  # (out, r)
+    scaling: float
+    magnitude: Tensor | None = None  # (out,), DoRA only
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), as the weight's."""
+        return self.b.shape[0], self.a.shape[1]
+
+    def delta(self) -> Tensor:
+        """s·B·A (out, in) in fp32; of DoRA what is inside the norm."""
+        return self.scaling * (self.b.float() @ self.a.float())
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainAdapter:
+    """The modules that an adapter changes, and the base model that it belongs to.
+
+    Attributes:
+        base_minus: for PiSSA, whose base is what is left of the model without its principal part: the settings
+            with which that part is computed again. None for all others, whose base is the model as it is.
+    """
+
+    modules: tuple[PlainModule, ...]
+    info: AdapterInfo
+    source: Path
+    base_minus: str | None = None
+
+    def __iter__(self) -> Iterator[PlainModule]:
+        return iter(self.modules)
+
+    @property
+    def lora(self) -> tuple[PlainModule, ...]:
+        """The modules without magnitudes."""
+        return tuple(module for module in self.modules if module.magnitude is None)
+
+    @property
+    def dora(self) -> tuple[PlainModule, ...]:
+        """The modules with magnitudes."""
+        return tuple(module for module in self.modules if module.magnitude is not None)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all factors and magnitudes."""
+        parts = (part for m in self.modules for part in (m.a, m.b, m.magnitude) if part is not None)
+        return sum(part.numel() * part.element_size() for part in parts)
+
+
+def plain_modules(layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[PlainModule, ...]:
+    """Every module in plain form: LoRA as it is, AdaLoRA folded into LoRA exactly, DoRA with its magnitudes.
+
+    AdaLoRA modules whose rank became 0 are left out: they add nothing.
+
+    Args:
+        tensors: by the names of `adapters.folder.trained_tensors`, all there.
+    """
+    found = []
+    for row in layout:
+        a, b = (tensors[f"{row.module}.lora_{part}"].detach() for part in "AB")
+        if row.kind == "adalora":
+            a, b = lora_factors(a, b, tensors[f"{row.module}.lora_lambda"].detach(), row.scaling)
+            if a.shape[0]:
+                found.append(PlainModule(row.module, a, b, 1.0))
+        else:
+            magnitude = tensors[f"{row.module}.lora_magnitude"].detach() if row.kind == "dora" else None
+            found.append(PlainModule(row.module, a, b, row.scaling, magnitude))
+    return tuple(found)
+
+
+def require_finite(modules: tuple[PlainModule, ...], where: str) -> None:
+    """Refuse an adapter with values that are not finite.
+
+    Raises:
+        AdapterError: with the module and the matrix.
+    """
+    for module in modules:
+        for name, part in (("A", module.a), ("B", module.b), ("the magnitudes", module.magnitude)):
+            if part is not None and not torch.isfinite(part).all():
+                raise AdapterError(
+                    f"{name} of {module.module} holds values that are not finite",
+                    where=where,
+                    hint="take an earlier checkpoint, or train again with a lower learning rate",
+                )
+
+
+def require_untouched_base(adapter: PlainAdapter) -> None:
+    """Refuse PiSSA, which runs on what is left of the base model.
+
+    Raises:
+        AdapterError: with what to do.
+    """
+    if adapter.base_minus is not None:
+        raise AdapterError(
+            f"{adapter.source} is PiSSA, whose base is not the model as it is",
+            hint="make LoRA of it first: qhybrid export ADAPTER OUT --to peft --base MODEL",
+        )

@@ -1,0 +1,1 @@
+"""Generation and serving: one base model in memory, many adapters by name."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
+import subprocess
+import unittest.mock
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -235,3 +239,22 @@ def record_figure(item: int, name: str, figure: str) -> None:
     if file:
         with open(file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"item": item, "name": name, "figure": figure}, ensure_ascii=False) + "\n")
+
+
+def run_cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`qhybrid` with these arguments, in this process: the imports are most of a short command's time."""
+    from qhybrid.cli.main import main
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        unittest.mock.patch.dict(os.environ, {"NO_COLOR": "1", "COLUMNS": "120", **environment}),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(bool(end.code))
+    done = subprocess.CompletedProcess(list(arguments), code, out.getvalue(), err.getvalue())
+    assert "Traceback" not in done.stderr + done.stdout, done.stderr[-3000:]
+    return done

@@ -65,7 +65,7 @@ def attach_plain(
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     _require_linears(base, [module.module for module in modules])
-    config = plain_peft_config(modules, "")
+    config = plain_peft_config(modules, None)
     config.use_dora = False  # the variants below are ours
     if isinstance(model, PeftModel):
         model.add_adapter(name, config, autocast_adapter_dtype=False)

@@ -3,6 +3,7 @@
 adapter.safetensors   every trained tensor at full rank, in its own dtype
 layout.json           one row for each module
 adapter.json          the base model and the versions
+adapter_int8.safetensors   in the place of the first, for an adapter exported in INT8
 peft/lora, peft/dora  the same adapter for peft without qhybrid (AdaLoRA folded into LoRA, exactly)
 """
 
@@ -20,6 +21,8 @@ from qhybrid.adapters.access import DIRECT, Access
 from qhybrid.adapters.attach import ADAPTER, adapted_modules
 from qhybrid.adapters.dora import refresh_norms
 from qhybrid.adapters.info import INFO, LAYOUT, AdapterInfo, read_adapter
+from qhybrid.adapters.int8 import WEIGHTS as INT8_WEIGHTS
+from qhybrid.adapters.int8 import int8_tensors, plain_tensors
 from qhybrid.adapters.peft_folder import CONFIG, read_peft_folder, write_peft_folder
 from qhybrid.adapters.plain import PlainAdapter, PlainModule, plain_modules, require_finite
 from qhybrid.architecture.layout import Layout, LayoutRow
@@ -27,7 +30,7 @@ from qhybrid.base.locate import refuse_links_out
 from qhybrid.base.tensor_files import read_tensors, write_tensors
 from qhybrid.disk import write_bytes
 from qhybrid.errors import AdapterError
-from qhybrid.redaction import redacted_values
+from qhybrid.redaction import redacted, redacted_values
 
 WEIGHTS = "adapter.safetensors"
 
@@ -88,9 +91,21 @@ def save_plain(modules: tuple[PlainModule, ...], info: AdapterInfo, folder: Path
         if m.magnitude is not None:
             tensors[f"{m.module}.lora_magnitude"] = m.magnitude
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    _write_layout(modules, folder, band)
+    _save_beside(modules, info, folder)
+
+
+def save_int8(modules: tuple[PlainModule, ...], info: AdapterInfo, folder: Path) -> None:
+    """Write plain modules in INT8 as an adapter folder that qhybrid reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / INT8_WEIGHTS, int8_tensors(modules), {"format": "pt"})
+    _write_layout(modules, folder, "int8")
+    _write_info(info, folder)
+
+
+def _write_layout(modules: tuple[PlainModule, ...], folder: Path, band: str) -> None:
     layout = Layout(tuple(_row(module, band) for module in modules))
     write_bytes(folder / LAYOUT, layout.to_json().encode())
-    _save_beside(modules, info, folder)
 
 
 def _row(module: PlainModule, band: str) -> LayoutRow:
@@ -130,12 +145,16 @@ def layer_and_target(module: str) -> tuple[int, str]:
 
 def _save_beside(modules: tuple[PlainModule, ...], info: AdapterInfo, folder: Path) -> None:
     """adapter.json, and the folders for peft."""
-    info = AdapterInfo(**redacted_values(asdict(info)))
-    write_bytes(folder / INFO, (json.dumps(asdict(info), indent=2) + "\n").encode())
+    _write_info(info, folder)
     adapter = PlainAdapter(modules, info, folder)
     for name, part in (("lora", adapter.lora), ("dora", adapter.dora)):
         if part:
-            write_peft_folder(part, info.base_model, folder / "peft" / name)
+            write_peft_folder(part, redacted(info.base_model), folder / "peft" / name)
+
+
+def _write_info(info: AdapterInfo, folder: Path) -> None:
+    content = redacted_values(asdict(info))
+    write_bytes(folder / INFO, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_plain(folder: Path) -> PlainAdapter:
@@ -179,8 +198,12 @@ def _read_weights(folder: Path, layout: Layout) -> dict[str, Tensor]:
     Raises:
         AdapterError: a file that is missing or damaged, or other tensors.
     """
-    file = folder / WEIGHTS
-    tensors = read_tensors(file, AdapterError)
+    if (folder / INT8_WEIGHTS).is_file():
+        file = folder / INT8_WEIGHTS
+        tensors = plain_tensors(read_tensors(file, AdapterError), str(file))
+    else:
+        file = folder / WEIGHTS
+        tensors = read_tensors(file, AdapterError)
     wanted: dict[str, tuple[int, ...]] = {}
     for row in layout:
         wanted[f"{row.module}.lora_A"] = (row.rank, row.in_features)

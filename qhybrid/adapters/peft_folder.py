@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", None)
 
 
-def plain_peft_config(modules: Sequence[PlainModule], base_model: str) -> LoraConfig:
+def plain_peft_config(modules: Sequence[PlainModule], base_model: str | None) -> LoraConfig:
     """The peft configuration of plain modules; alpha is s·r, so that peft's alpha/r is s."""
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -128,21 +129,33 @@ def _read_config(file: Path) -> dict[str, Any]:
             hint="have peft convert it to LoRA on the original base when saving "
             "(path_initial_model_for_weight_conversion)",
         )
-    for key in ("r", "lora_alpha"):
-        if type(config.get(key)) not in (int, float) or config[key] <= 0:
-            raise AdapterError(f"its {key} is {config.get(key)!r}", where=str(file))
-    for key in ("rank_pattern", "alpha_pattern"):
-        config[key] = config.get(key) or {}
-        if not isinstance(config[key], dict):
-            raise AdapterError(f"its {key} is no mapping", where=str(file))
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key), str | None):
+            raise AdapterError(f"its {key} is {config[key]!r}, which is no name", where=str(file))
+    for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        _require_size(config.get(key), key, str(file))
+        config[pattern] = config.get(pattern) or {}
+        if not isinstance(config[pattern], dict):
+            raise AdapterError(f"its {pattern} is no mapping", where=str(file))
+        for names, value in config[pattern].items():
+            _require_size(value, f"{pattern} of {names!r}", str(file))
+            try:
+                re.compile(names)
+            except re.error as error:
+                raise AdapterError(f"its {pattern} has {names!r}: {error}", where=str(file)) from None
     return config
+
+
+def _require_size(value: Any, name: str, where: str) -> None:
+    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        raise AdapterError(f"its {name} is {value!r}", where=where, hint="it must be a number above 0")
 
 
 def _module(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> PlainModule:
     a, b, magnitude = (parts.get(part) for part in _PARTS.values())
     if a is None or b is None:
         raise AdapterError(f"{name} has {'B' if a is None else 'A'} alone", where=where)
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.numel() or not b.numel():
         raise AdapterError(f"A and B of {name} are {tuple(a.shape)} and {tuple(b.shape)}", where=where)
     if (magnitude is not None) != bool(config.get("use_dora")) or (
         magnitude is not None and magnitude.shape != b.shape[:1]

@@ -17,6 +17,8 @@ from qhybrid.adapters.info import AdapterInfo
 from qhybrid.architecture.layout import Layout
 from qhybrid.errors import AdapterError
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 @dataclasses.dataclass(frozen=True)
 class PlainModule:
@@ -99,14 +101,22 @@ def plain_modules(layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[PlainM
 
 
 def require_finite(modules: tuple[PlainModule, ...], where: str) -> None:
-    """Refuse an adapter with values that are not finite.
+    """Refuse an adapter with values that are not finite, or not floats of at least 16 bits.
 
     Raises:
         AdapterError: with the module and the matrix.
     """
     for module in modules:
         for name, part in (("A", module.a), ("B", module.b), ("the magnitudes", module.magnitude)):
-            if part is not None and not torch.isfinite(part).all():
+            if part is None:
+                continue
+            if part.dtype not in _FLOATS:
+                raise AdapterError(
+                    f"{name} of {module.module} is stored as {str(part.dtype).removeprefix('torch.')}",
+                    where=where,
+                    hint="float32, float16 and bfloat16 are read",
+                )
+            if not torch.isfinite(part).all():
                 raise AdapterError(
                     f"{name} of {module.module} holds values that are not finite",
                     where=where,

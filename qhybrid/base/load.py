@@ -58,16 +58,16 @@ def load_base(
             is stored in another quantised form, or its tensors are not exactly those that its configuration
             asks for. Nothing is ever initialised in the place of a missing tensor.
     """
-    device = _resolve_device(device)
+    device = resolve_device(device)
     folder = model_folder(model)
-    config = _read_config(folder, model)
+    config = read_model_config(folder, model)
     if getattr(config, "quantization_config", None) is not None:
         return _load_stored_nf4(folder, config, model, quantization, device)
 
     shell, quantizer = build_shell(config, model, quantization, device)
     with ExitStack() as stack:
         readers = [stack.enter_context(SafetensorsReader(path)) for path in weight_files(folder)]
-        targets, missing = _match_tensors(shell, readers, folder)
+        targets, missing = match_tensors(shell, readers, folder)
         _stream(shell, readers, targets, device)
     _finish(shell, quantizer, missing, folder, device)
     return shell
@@ -95,7 +95,8 @@ def keep_exact_on_cpu(model: torch.nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def _resolve_device(device: torch.device | str | None) -> torch.device:
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """`device`; or, when it is None, the current CUDA device if there is one, else the CPU."""
     if device is not None:
         return torch.device(device)
     if torch.cuda.is_available():
@@ -103,8 +104,12 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def _read_config(folder: Path, model: ModelSection) -> PreTrainedConfig:
-    """The configuration of a supported family, with the recipe's dtype and attention."""
+def read_model_config(folder: Path, model: ModelSection) -> PreTrainedConfig:
+    """The configuration of a supported family, with the recipe's dtype and attention.
+
+    Raises:
+        ModelError: config.json cannot be read, or is of a family that is not supported.
+    """
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -176,14 +181,17 @@ def build_shell(
     return shell, quantizer
 
 
-def _match_tensors(
+def match_tensors(
     shell: PreTrainedModel, readers: list[SafetensorsReader], folder: Path
 ) -> tuple[dict[str, str], set[str]]:
     """Pair every tensor of the files with its place in the model, before any of them is read.
 
     Returns:
         Name in the files to name in the model; and the model's names that no file has, all of which are tied
-        to one that a file has.
+        to one that a file has. Tensors that the model class ignores are in neither.
+
+    Raises:
+        ModelError: a tensor is missing, unknown, given twice, or of another shape or kind.
     """
     expected = shell.state_dict()
     targets: dict[str, str] = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qhybrid.base.locate import tokenizer_folder
+from qhybrid.disk import write_atomically
 from qhybrid.errors import ModelError
 from qhybrid.recipe.schema import ModelSection
 
@@ -55,6 +56,14 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
         )
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files, without the paths of this machine that some of them hold."""
+    tokenizer.save_pretrained(str(folder))
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        write_atomically(settings, settings.read_text(encoding="utf-8"))
 
 
 def _refuse_files_elsewhere(file: Path) -> None:

@@ -18,6 +18,12 @@ _COMMANDS = {
     "sft": ("qhybrid.cli.sft", "Fine-tune a model as a recipe says."),
     "plan": ("qhybrid.cli.plan", "What a recipe needs, and whether it fits, before anything is downloaded."),
     "eval": ("qhybrid.cli.evaluate", "Loss, perplexity and exact match of a model or an adapter."),
+    "generate": ("qhybrid.cli.generate", "Let a model or an adapter answer."),
+    "serve": ("qhybrid.cli.serve", "Serve a model and many adapters by the OpenAI protocol."),
+    "inspect": ("qhybrid.cli.inspect", "Ranks, norms and spectra of an adapter."),
+    "merge": ("qhybrid.cli.merge", "Several adapters into one."),
+    "compress": ("qhybrid.cli.compress", "An adapter at lower rank, with the error."),
+    "export": ("qhybrid.cli.export", "An adapter for peft, vLLM or llama.cpp, in INT8, or merged into the model."),
     "recipes": ("qhybrid.cli.recipes", "List, show, copy and check recipes."),
     "doctor": ("qhybrid.cli.doctor", "Show versions, GPU and 4-bit readiness, and what to do."),
 }
@@ -30,6 +36,15 @@ _MEANT = {
     "fine-tune": "sft",
     "evaluate": "eval",
     "test": "eval",
+    "chat": "generate",
+    "infer": "generate",
+    "combine": "merge",
+    "bake": "export",
+    "convert": "export",
+    "quantize": "export",
+    "prune": "compress",
+    "svd": "compress",
+    "show": "inspect",
 }
 
 

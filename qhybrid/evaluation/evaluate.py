@@ -14,8 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qhybrid.adapters.dora import hold_norms
 from qhybrid.data.tokenize import IGNORED_LABEL, EncodedRow
-
-_LOGIT_BYTES = 2**29  # logits (batch, tokens, vocabulary) in fp32 are kept below this
+from qhybrid.evaluation.forward import batches, scored_logits
 
 
 def answer_start(row: EncodedRow) -> int:
@@ -74,9 +73,10 @@ def evaluate(
     """
     with torch.no_grad(), hold_norms(model), _evaluation_mode(model):
         total, num_tokens, done = 0.0, 0, 0
-        for batch in _batches(rows, batch_size, tokens=lambda row: len(row.input_ids), model=model):
-            batch_loss, batch_tokens = _cross_entropy(model, batch)
-            total, num_tokens, done = total + batch_loss, num_tokens + batch_tokens, done + len(batch)
+        for batch in batches(rows, batch_size, model):
+            logits, targets = scored_logits(model, batch)
+            total += F.cross_entropy(logits.float(), targets, reduction="sum").item()
+            num_tokens, done = num_tokens + len(targets), done + len(batch)
             progress("loss", done)
         answers: dict[int, Answer] = {}
         if max_new_tokens is not None:
@@ -107,38 +107,6 @@ def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     finally:
         model.train(was_training)
         model.generation_config = own_config
-
-
-def _batches(
-    rows: Sequence[EncodedRow], batch_size: int, *, tokens: Callable[[EncodedRow], int], model: PreTrainedModel
-) -> Iterator[list[EncodedRow]]:
-    """Rows by length, in batches whose logits stay within bounds."""
-    vocabulary = model.config.get_text_config().vocab_size
-    batch: list[EncodedRow] = []
-    for row in sorted(rows, key=tokens):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * tokens(row) * vocabulary * 4 > _LOGIT_BYTES):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def _cross_entropy(model: PreTrainedModel, batch: Sequence[EncodedRow]) -> tuple[float, int]:
-    """The summed cross-entropy of a batch in nats, and the number of scored tokens."""
-    longest = max(len(row.input_ids) for row in batch)
-    ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    labels = torch.full((len(batch), longest), IGNORED_LABEL)
-    mask = torch.zeros(len(batch), longest, dtype=torch.long)
-    for i, row in enumerate(batch):
-        n = len(row.input_ids)
-        ids[i, :n], labels[i, :n], mask[i, :n] = torch.from_numpy(row.input_ids), torch.from_numpy(row.labels), 1
-    device = model.device
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-    targets = labels[:, 1:].to(device)
-    scored = targets != IGNORED_LABEL
-    loss = F.cross_entropy(logits[:, :-1][scored].float(), targets[scored], reduction="sum")
-    return loss.item(), int(scored.sum())
 
 
 def _generate(

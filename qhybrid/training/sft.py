@@ -28,7 +28,7 @@ from qhybrid.base.facts import model_facts
 from qhybrid.base.fingerprint import config_hash
 from qhybrid.base.load import load_base
 from qhybrid.base.locate import find_local, hub_commit, model_folder
-from qhybrid.base.tokenizer import load_tokenizer
+from qhybrid.base.tokenizer import load_tokenizer, save_tokenizer
 from qhybrid.data.prepare import PreparedData, prepare_data
 from qhybrid.disk import whole_folder, write_atomically
 from qhybrid.errors import (
@@ -301,10 +301,7 @@ def _train(
     def finish() -> dict[str, Any]:
         with whole_folder(run.adapter) as folder:
             save_adapter(trainer.model, layout, info, folder)
-            tokenizer.save_pretrained(str(folder))
-            settings = folder / "tokenizer_config.json"
-            if settings.is_file():  # some hold the paths that they were loaded from
-                write_atomically(settings, settings.read_text(encoding="utf-8"))
+            save_tokenizer(tokenizer, folder)
         _require_allocations(trainer, run)
         return figures_of(trainer, events, run, seconds=time.perf_counter() - began)
 

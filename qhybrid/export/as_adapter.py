@@ -1,0 +1,144 @@
+"""Adapters as a result of `qhybrid export`: for peft, vLLM and llama.cpp, and in INT8; tried, and then kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qhybrid.adapters.folder import read_plain, save_int8
+from qhybrid.adapters.int8 import WEIGHTS as INT8_WEIGHTS
+from qhybrid.adapters.plain import PlainModule
+from qhybrid.adapters.spectrum import factor
+from qhybrid.architecture.spec import read_config
+from qhybrid.export.card import Artefact, public_name
+from qhybrid.export.finish import Exported, finish, told_approximation
+from qhybrid.export.folders import SERVE_SCRIPT, fold_scaling, require_lora, write_peft, write_vllm
+from qhybrid.export.gguf.adapter import write_gguf_adapter
+from qhybrid.export.job import Job, Say
+from qhybrid.export.loading_code import peft_code
+from qhybrid.export.output import new_folder
+from qhybrid.export.parity import require_parity
+from qhybrid.units import format_bytes
+
+
+def to_peft(job: Job, out: Path, say: Say) -> Exported:
+    """An ordinary peft folder, or one of each kind below `out`; loaded by peft and compared before it is kept.
+
+    Raises:
+        ExportError: `out` is not free.
+        ProofError: the logits are not the source's.
+    """
+    with new_folder(out) as folder:
+        folders = write_peft(job.adapter, folder)
+        figures = _compare_folders(job, folders, say)
+        names = [one.relative_to(folder).as_posix() for one in folders]
+        kind = "A peft adapter." if len(names) == 1 else "Two peft adapters, to be active together."
+        finish(
+            job,
+            folder,
+            "peft",
+            figures,
+            Artefact(out.name, kind, "peft", (("python", peft_code(job.adapter.info, names)),)),
+        )
+    active = "" if len(names) == 1 else f"; load and activate both: {' and '.join(names)}"
+    return Exported(out, (f"peft loads it{active}", *_told(job, figures)), figures)
+
+
+def to_vllm(job: Job, out: Path, say: Say) -> Exported:
+    """A LoRA folder with one scaling for vLLM, and the command that serves it.
+
+    Raises:
+        ExportError, ProofError: as `to_peft`.
+        AdapterError: it has DoRA modules.
+    """
+    with new_folder(out) as folder:
+        limit = write_vllm(job.adapter, folder, out.name, has_template=bool(job.tokenizer.chat_template))
+        figures = {**_compare_folders(job, [folder], say), "max_lora_rank": limit}
+        loading = (
+            ("bash", f"./{SERVE_SCRIPT}    # or ./{SERVE_SCRIPT} BASE, for another place of the base model"),
+            ("python", peft_code(job.adapter.info, ["."])),
+        )
+        kind = f"A LoRA adapter for vLLM, which needs `--max-lora-rank {limit}`, and for peft."
+        finish(job, folder, "vllm", figures, Artefact(out.name, kind, "peft", loading))
+    command = f"{out / SERVE_SCRIPT} serves it: vllm serve … --enable-lora --max-lora-rank {limit}"
+    return Exported(out, (command, *_told(job, figures)), figures)
+
+
+def to_int8(job: Job, out: Path, say: Say) -> Exported:
+    """A and B in INT8, for small machines: a quarter of fp32's bytes, with an error that is told.
+
+    Raises:
+        ExportError: `out` is not free.
+    """
+    with new_folder(out) as folder:
+        modules = tuple(fold_scaling(m) if m.magnitude is None else m for m in job.adapter)
+        save_int8(modules, job.adapter.info, folder)
+        say("comparing logits")
+        read = read_plain(folder)
+        errors = [_relative_error(one, other) for one, other in zip(job.adapter, read, strict=True)]
+        figures = {
+            "logits_difference": job.parity().difference_of_modules(read.modules),
+            "largest_error": max(errors),
+            "mean_error": sum(errors) / len(errors),
+            "bytes": (folder / INT8_WEIGHTS).stat().st_size,
+            "bytes_before": job.adapter.num_bytes,
+        }
+        code = f"qhybrid generate 'Hello' --adapter {out.name} --base {public_name(job.adapter.info.base_model)}"
+        artefact = Artefact(out.name, "An adapter of qhybrid in INT8.", "qhybrid", (("bash", code),))
+        finish(job, folder, "int8", figures, artefact)
+    before, after = figures["bytes_before"], figures["bytes"]
+    lines = (
+        f"{format_bytes(before)} became {format_bytes(after)} ({after / before:.0%})",
+        f"ΔW differs by {figures['mean_error']:.2%} of a module's norm on average, {max(errors):.2%} at most",
+        f"logits differ by at most {figures['logits_difference']:.1e} of the largest",
+    )
+    return Exported(out, lines, figures)
+
+
+def to_gguf(job: Job, out: Path, dtype: Literal["f32", "f16"], say: Say) -> Exported:
+    """A LoRA file that llama.cpp applies to the base model's GGUF file.
+
+    Raises:
+        ExportError: `out` is not free, or llama.cpp is not known to take the model's family.
+        AdapterError: it has DoRA modules.
+    """
+    require_lora(job.adapter, "llama.cpp")  # before a folder is begun
+    with new_folder(out) as folder:
+        file = folder / f"{out.name}-{dtype.upper()}.gguf"
+        say("writing")
+        write_gguf_adapter(job.adapter, read_config(job.base / "config.json"), file, dtype=dtype, name=out.name)
+        figures = {"bytes": file.stat().st_size, **_approximation(job)}
+        code = f"llama-server -m BASE.gguf --lora {file.name}"
+        kind = "A LoRA adapter for llama.cpp, beside the base model's GGUF file."
+        finish(job, folder, "gguf", figures, Artefact(out.name, kind, "gguf", (("bash", code),)))
+    return Exported(out, (f"{file.name}: {format_bytes(figures['bytes'])}", *told_approximation(job)), figures)
+
+
+def _compare_folders(job: Job, folders: Sequence[Path], say: Say) -> dict[str, Any]:
+    """The difference of logits when peft loads `folders`; it must be none, unless DoRA was approximated."""
+    say("comparing logits")
+    difference = job.parity().difference_of_folders(folders)
+    if not job.approximated:
+        require_parity(difference, "what peft loads")
+        return {"logits_difference": difference}
+    return {"logits_difference": difference, **_approximation(job)}
+
+
+def _approximation(job: Job) -> dict[str, Any]:
+    errors = {one.module.module: {"rank": one.module.rank, "error": one.error} for one in job.approximated}
+    return {"dora_to_lora": errors} if errors else {}
+
+
+def _told(job: Job, figures: dict[str, Any]) -> tuple[str, ...]:
+    told = f"logits differ from the source's by {figures['logits_difference']:.1e} of the largest, in fp32"
+    return (*told_approximation(job), told if job.approximated else f"{told} (the mark is 1e-5)")
+
+
+def _relative_error(one: PlainModule, other: PlainModule) -> float:
+    """||s·B·A − s'·B'·A'|| / ||s·B·A||, as the norm of [sB, −s'B']·[A; A']."""
+    b = torch.cat([one.scaling * one.b.double(), -other.scaling * other.b.double()], dim=1)
+    norm = factor(one.b, one.a, one.scaling).norm
+    return factor(b, torch.cat([one.a.double(), other.a.double()]), 1.0).norm / norm if norm else 0.0

@@ -1,0 +1,273 @@
+"""OpenAI's protocol: what a request may say, what is refused, and the shape of answers and errors."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qhybrid.serving.batcher import Update
+from qhybrid.serving.decode import Completion
+from qhybrid.serving.sampling import Sampling
+
+_MOST_STOPS, _LONGEST_STOP = 4, 256
+
+# What would change the answer and is not done here, and the values with which it changes nothing. Other fields
+# that are not known (user, metadata, store, …) are ignored.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "reasoning_effort": ("none",),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "documents": ([],),
+}
+
+
+class ApiError(Exception):
+    """A request that is not answered: the HTTP status, and what OpenAI's clients show of it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """As JSON."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool = False
+
+
+class OpenAIRequest(BaseModel):
+    """What both kinds of request may say."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # vLLM's; -1 and 0 for all
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+
+    prompt_field: ClassVar[str]
+    default_tokens: ClassVar[int | None] = None  # of an answer, where the request says nothing; None for the most
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """The most tokens of the answer, where the request says."""
+        return self.max_tokens
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen; as in OpenAI's protocol drawn at temperature 1 where nothing is said."""
+        return Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(0, self.top_k or 0),
+            seed=self.seed,
+        )
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [stop for stop in stops if stop]
+
+
+class ChatRequest(OpenAIRequest):
+    """Of /v1/chat/completions."""
+
+    messages: Annotated[list[Any], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    prompt_field: ClassVar[str] = "messages"
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """Under its newer name or its older."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(OpenAIRequest):
+    """Of /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+
+    prompt_field: ClassVar[str] = "prompt"
+    default_tokens: ClassVar[int | None] = 16  # as in OpenAI's protocol
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+R = TypeVar("R", bound=OpenAIRequest)
+
+
+def parse_request(kind: type[R], body: bytes) -> R:
+    """A request of that kind.
+
+    Raises:
+        ApiError: 400, with the field that is at fault.
+    """
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not valid JSON") from None
+    if not isinstance(values, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    for name, harmless in _REFUSED.items():
+        value = values.get(name)
+        if value is not None and not any(_same(value, allowed) for allowed in harmless):
+            raise ApiError(
+                400, f"{name} is not supported by this server", param=name, code="unsupported_parameter"
+            )
+    try:
+        request = kind.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in fault["loc"][:1])
+        raise ApiError(400, f"{place}: {fault['msg'][:200]}", param=place or None) from None
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options is for requests with stream: true", param="stream_options")
+    if len(request.stops) > _MOST_STOPS or any(len(stop) > _LONGEST_STOP for stop in request.stops):
+        limits = f"at most {_MOST_STOPS} strings of {_LONGEST_STOP} characters are taken"
+        raise ApiError(400, f"stop: {limits}", param="stop")
+    return request
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    """Equal, and not a number that stands for a truth: `logprobs: 0` asks for something, false does not."""
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+class AnswerShape:
+    """Answers to one request as JSON, whole or in chunks."""
+
+    def __init__(self, request: OpenAIRequest, model: str) -> None:
+        self._is_chat = isinstance(request, ChatRequest)
+        self._counts = request.stream_options is not None and request.stream_options.include_usage
+        self._common = {
+            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self, texts: Sequence[str], completions: Sequence[Completion]) -> dict[str, Any]:
+        """All answers, finished."""
+        choices = []
+        for text, completion in zip(texts, completions, strict=True):
+            content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
+            choices.append(_choice(len(choices), content, completion.finish_reason))
+        name = "chat.completion" if self._is_chat else "text_completion"
+        return {**self._common, "object": name, "choices": choices, "usage": _usage(completions)}
+
+    def opening(self, num_answers: int) -> Iterator[dict[str, Any]]:
+        """The chunks that come before the text: in a chat they say who speaks."""
+        if self._is_chat:
+            for index in range(num_answers):
+                yield self._chunk([_choice(index, {"delta": {"role": "assistant", "content": ""}}, None)])
+
+    def chunk(self, index: int, update: Update) -> dict[str, Any]:
+        """A piece of the answer with that index."""
+        if self._is_chat:
+            content: dict[str, Any] = {"delta": {"content": update.text} if update.text else {}}
+        else:
+            content = {"text": update.text}
+        return self._chunk([_choice(index, content, update.finish_reason)])
+
+    def closing(self, completions: Sequence[Completion]) -> Iterator[dict[str, Any]]:
+        """The chunks that come after the text: the counts of tokens, where they were asked for."""
+        if self._counts:
+            yield {**self._chunk([]), "usage": _usage(completions)}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        name = "chat.completion.chunk" if self._is_chat else "text_completion"
+        return {**self._common, "object": name, "choices": choices, **({"usage": None} if self._counts else {})}
+
+
+def _choice(index: int, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+    return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _usage(completions: Sequence[Completion]) -> dict[str, int]:
+    num_prompt_tokens = sum(completion.num_prompt_tokens for completion in completions)
+    num_tokens = sum(completion.num_tokens for completion in completions)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt_tokens + num_tokens,
+    }
+
+
+def model_entry(name: str, base: str, created: int, max_context: int) -> dict[str, Any]:
+    """One of the models in the list; adapters name the base model as their parent, as in vLLM."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "qhybrid",
+        "parent": None if name == base else base,
+        "max_model_len": max_context,
+    }

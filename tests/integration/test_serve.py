@@ -1,0 +1,511 @@
+"""`qhybrid serve` with the openai client: adapters of all kinds in one batch, streams, limits, signals."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from helpers import THREE_BANDS, randomize_adapters, tiny_folder, tiny_layout
+from serving_helpers import client_of, load_test, make_engine, running_server, wait_until
+from transformers import AutoTokenizer, DynamicCache
+
+from qhybrid.adapters.attach import attach
+from qhybrid.adapters.folder import read_plain, save_adapter, save_plain
+from qhybrid.adapters.info import AdapterInfo
+from qhybrid.base.fingerprint import config_hash
+from qhybrid.base.load import load_base
+from qhybrid.cli.main import main
+from qhybrid.errors import AdapterError, ModelError, ServingError
+from qhybrid.evaluation.models import load_adapter_for_inference
+from qhybrid.recipe.schema import ModelSection, QuantizationSection
+from qhybrid.serving.engine import BASE
+from qhybrid.serving.prompts import Prompter
+
+CHAT = [{"role": "user", "content": "How many apples are left?"}]
+
+
+def info_of(base: Path, **changes) -> AdapterInfo:
+    info = AdapterInfo(str(base), None, "none", True, "float32", "float32", "sdpa", date="2026-01-01")
+    return replace(info, **changes)
+
+
+def save_banded(base: Path, folder: Path, seed: int, bands=THREE_BANDS, **changes) -> Path:
+    """A trained adapter of several bands, with its tokenizer."""
+    info = info_of(base, **changes)
+    section = ModelSection.model_validate({"path": str(base), "dtype": info.dtype})
+    nf4 = QuantizationSection.model_validate({"method": info.quantization})
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    layout = tiny_layout(bands, vocab_size=len(tokenizer))
+    model = attach(load_base(section, nf4), layout, dtype=getattr(torch, info.adapter_dtype))
+    randomize_adapters(model, seed, scale=0.3)
+    save_adapter(model, layout, info, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tiny_model_folder) -> dict[str, Path]:
+    """Adapters of one base: two LoRA, one DoRA, one of three bands, and one on a few modules only, from peft."""
+    folder = tmp_path_factory.mktemp("adapters")
+    lora, other, dora = load_test.make_adapters(str(tiny_model_folder), folder, 3, scale=0.3)
+    few = tuple(module for module in read_plain(lora) if "layers.1." in module.module)
+    save_plain(few, info_of(tiny_model_folder), folder / "made", "few")
+    banded = save_banded(tiny_model_folder, folder / "banded", 5)
+    return {"lora": lora, "other": other, "dora": dora, "banded": banded, "few": folder / "made" / "peft" / "lora"}
+
+
+@pytest.fixture(scope="module")
+def engine(folders):
+    from qhybrid.serving.load import BaseChoice, load_engine
+
+    return load_engine(list(folders.items()), BaseChoice(dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def served(engine):
+    """A server that is not stopped between tests: its address and its batcher."""
+    with running_server(engine) as (url, batcher):
+        yield url, batcher
+
+
+@pytest.fixture(scope="module")
+def client(served) -> openai.OpenAI:
+    return client_of(served[0])
+
+
+# ---- the engine
+
+
+def logits_of(engine, adapters: list[str], ids: torch.Tensor) -> torch.Tensor:
+    """Of two forward passes, the second with a cache: (rows, 2, vocabulary)."""
+    cache, mask = DynamicCache(), torch.ones_like(ids)
+    with engine.inference():
+        first = engine.forward(adapters, ids[:, :-1], mask[:, :-1], cache)
+        return torch.stack([first, engine.forward(adapters, ids[:, -1:], mask, cache)], 1)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_rows_of_a_mixed_batch_compute_what_each_adapter_computes_alone(folders, quantization):
+    """Against `load_adapter_for_inference`, which is held to the trained model bit for bit elsewhere.
+
+    1e-5 is a few hundred units in the last place of logits around 1: sums over a batch are ordered otherwise.
+    """
+    engine = make_engine(list(folders.values()), quantization=quantization, dtype="float32")
+    names = [folder.name for folder in folders.values()]
+    ids = torch.randint(4, 100, (2 * len(names) + 2, 12), generator=torch.Generator().manual_seed(0))
+    adapters = [engine.models[name].adapter for name in names]
+    order = [BASE, *adapters, BASE, *reversed(adapters)]
+    mixed = logits_of(engine, order, ids)
+    for row, adapter in enumerate(order):
+        alone = logits_of(engine, [adapter], ids[row : row + 1])
+        assert (mixed[row] - alone[0]).abs().max() <= 1e-5
+    assert (mixed[1:6] - mixed[0]).abs().amax((1, 2)).min() > 0.1  # every adapter does something
+    if quantization == "nf4":
+        return  # the reference loads what adapter.json says
+    for row, folder in enumerate(folders.values(), 1):
+        # A folder of peft does not say that its base is in float32; the one that it was made from does.
+        own = folder if folder.name != "lora" else folder.parent.parent
+        model, _, _ = load_adapter_for_inference(own)
+        with torch.no_grad():
+            reference = model(ids[row : row + 1]).logits[0, -2:]
+        assert (mixed[row] - reference).abs().max() <= 1e-5, folder
+
+
+def test_an_adapter_trained_on_nf4_is_served_as_it_was_trained(tmp_path, tiny_model_folder):
+    """The base, the dtypes and DoRA's norms are those of `load_adapter_for_inference`.
+
+    AdaLoRA is folded into LoRA for serving, which is exact but for rounding; bf16 is bit-equal without it.
+    """
+    for dtype, bands, limit in (
+        ("float32", THREE_BANDS, 1e-5),
+        ("bfloat16", [THREE_BANDS[0], THREE_BANDS[2]], 0.0),
+    ):
+        folder = save_banded(
+            tiny_model_folder, tmp_path / dtype, 1, bands, quantization="nf4", dtype=dtype, adapter_dtype=dtype
+        )
+        ids = torch.arange(4, 24)[None]
+        model, _, _ = load_adapter_for_inference(folder)
+        with torch.no_grad():
+            reference = model(ids).logits[0, -1].float()
+        engine = make_engine([folder])
+        with engine.inference():
+            logits = engine.forward(["a0"], ids, torch.ones_like(ids), DynamicCache())[0]
+        assert (logits - reference).abs().max() <= limit
+        assert not engine.notes
+
+
+def test_adapters_of_other_bases_are_refused(tmp_path, folders, tiny_model_folder):
+    modules = read_plain(folders["lora"]).modules
+
+    def saved(name: str, **changes) -> Path:
+        save_plain(modules, info_of(tiny_model_folder, **changes), tmp_path / name, "all")
+        return tmp_path / name
+
+    right = config_hash(tiny_model_folder)
+    one = saved("one", base_config_sha256=right, base_sha256={"model.safetensors": "ab"})
+    moved = saved("moved", base_config_sha256=right, base_model="/elsewhere")
+    weights = saved("weights", base_config_sha256=right, base_sha256={"model.safetensors": "cd"})
+    named, unknown = saved("named", base_model="org/other"), saved("unknown", base_model="")
+    stale = saved("stale", base_config_sha256="0" * 64)
+    assert make_engine([one, moved]).models.keys() >= {"one", "moved"}
+    for other, words in ((weights, "another base"), (named, "org/other"), (unknown, "does not name")):
+        with pytest.raises(AdapterError, match=words):
+            make_engine([one, other])
+    make_engine([one, named], path=str(tiny_model_folder))  # the user says so
+    with pytest.raises(AdapterError, match="trained on another model"):
+        make_engine([stale])
+    larger = tiny_folder(tmp_path / "larger", hidden_size=96)
+    with pytest.raises(ModelError, match="another base model"):
+        make_engine([folders["lora"]], path=str(larger))
+
+
+def test_what_cannot_be_loaded_is_refused(tmp_path, folders, tiny_model_folder):
+    with pytest.raises(ModelError, match="nothing to load"):
+        make_engine([])
+    with pytest.raises(ServingError, match="context of 256"):
+        make_engine([folders["lora"]], max_context=257)
+    clash = tmp_path / "tiny"
+    save_plain(read_plain(folders["lora"]).modules, info_of(tiny_model_folder), clash, "all")
+    with pytest.raises(ServingError, match="tiny is the name of the base model"):
+        make_engine([clash])
+    config = folders["few"].parent / "pissa" / "adapter_config.json"
+    config.parent.mkdir()
+    told = json.loads((folders["few"] / "adapter_config.json").read_text())
+    config.write_text(json.dumps({**told, "init_lora_weights": "pissa"}))
+    os.link(folders["few"] / "adapter_model.safetensors", config.parent / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="PiSSA"):
+        make_engine([config.parent])
+
+
+# ---- the protocol
+
+
+def test_models_are_listed(client, folders):
+    listed = {model.id: model for model in client.models.list()}
+    assert list(listed) == [*folders, "tiny"]
+    assert listed["dora"].parent == "tiny" and listed["tiny"].parent is None
+    assert client.models.retrieve("banded").owned_by == "qhybrid"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'nobody'"):
+        client.models.retrieve("nobody")
+
+
+def test_chat_is_what_the_adapter_generates(client, folders):
+    for name in ("banded", "lora"):
+        model, tokenizer, _ = load_adapter_for_inference(folders[name])
+        ids = tokenizer.apply_chat_template(
+            CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            out = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        answer = client.chat.completions.create(model=name, messages=CHAT, temperature=0, max_tokens=12)
+        assert answer.choices[0].message.content == tokenizer.decode(out, skip_special_tokens=True)
+        assert answer.model == name and answer.choices[0].message.role == "assistant"
+        assert answer.usage.prompt_tokens == ids["input_ids"].shape[1]
+        assert answer.usage.completion_tokens == len(out)
+        assert answer.choices[0].finish_reason == ("length" if len(out) == 12 else "stop")
+
+
+def test_a_stream_is_the_same_in_pieces(client):
+    asked = {"model": "dora", "messages": CHAT, "temperature": 0.8, "seed": 3, "max_completion_tokens": 20}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(texts) == whole.choices[0].message.content and sum(map(bool, texts)) > 5
+    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == whole.choices[0].finish_reason
+    assert len({chunk.id for chunk in chunks}) == 1
+    plain = list(client.chat.completions.create(**asked, stream=True))
+    assert all(chunk.choices and chunk.usage is None for chunk in plain)
+
+
+def test_completions_take_text_tokens_and_several_prompts(client, tiny_model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    asked = {"model": "other", "temperature": 0, "max_tokens": 8}
+    texts = ["The river", "Name the planet and"]
+    alone = [client.completions.create(prompt=text, **asked).choices[0].text for text in texts]
+    both = client.completions.create(prompt=texts, **asked)
+    assert [choice.text for choice in both.choices] == alone and alone[0] != alone[1]
+    assert [choice.index for choice in both.choices] == [0, 1] and 2 < both.usage.completion_tokens <= 16
+    as_tokens = client.completions.create(prompt=tokenizer(texts)["input_ids"], **asked)
+    assert [choice.text for choice in as_tokens.choices] == alone
+    streamed = ["", ""]
+    for chunk in client.completions.create(prompt=texts, stream=True, **asked):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == alone
+    longest, prompt = max(zip(alone, texts, strict=True), key=lambda pair: len(pair[0]))
+    stopped = client.completions.create(prompt=prompt, stop=[longest[3:6]], **asked)
+    assert stopped.choices[0].text == longest.partition(longest[3:6])[0]
+    assert stopped.choices[0].finish_reason == "stop"
+    assert client.completions.create(prompt="a", model="tiny").usage.completion_tokens <= 16
+
+
+def test_requests_of_all_adapters_share_a_batch_and_answer_as_alone(engine, client, folders, monkeypatch):
+    names = [*folders, "tiny"]
+
+    def ask(name: str, words: str) -> str:
+        asked = {"messages": [{"role": "user", "content": f"How many apples are left? {words}"}], "max_tokens": 24}
+        return client.chat.completions.create(model=name, temperature=0, **asked).choices[0].message.content
+
+    asked = [(name, words) for name in names for words in ("", "Name them! " * 3)]
+    alone = [ask(*one) for one in asked]
+    assert len(set(alone)) == len(asked)
+    mixes = []
+    original = engine.forward
+
+    def forward(adapters, *rest):
+        mixes.append(set(adapters))
+        return original(adapters, *rest)
+
+    monkeypatch.setattr(engine, "forward", forward)
+    with running_server(engine) as (url, _), ThreadPoolExecutor(len(asked)) as pool:
+        client = client_of(url)
+        assert list(pool.map(lambda one: ask(*one), asked)) == alone
+    assert max(map(len, mixes)) >= 4  # LoRA, DoRA and the base among them
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model": "nobody"}, openai.NotFoundError, "there are lora, other, dora, banded, few, tiny"),
+        ({"n": 2}, openai.BadRequestError, "n is not supported"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools is not"),
+        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format is not"),
+        ({"logprobs": True}, openai.BadRequestError, "logprobs is not"),
+        ({"max_tokens": 65}, openai.BadRequestError, "this server's most is 64"),
+        ({"temperature": 3}, openai.BadRequestError, "temperature"),
+        ({"messages": [{"role": "user", "content": ""}]}, openai.BadRequestError, "'content' is empty"),
+        ({"messages": [{"role": "user", "content": "a " * 300}]}, openai.BadRequestError, "longer than 256"),
+        (
+            {"messages": [{"role": "user", "content": "a" * 70_000}]},
+            openai.APIStatusError,
+            "more than 65536 bytes",
+        ),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(client, change, error, words):
+    with pytest.raises(error, match=words) as caught:
+        client.chat.completions.create(**{"model": "lora", "messages": CHAT, **change})
+    body = caught.value.body
+    assert set(body) == {"message", "type", "param", "code"} and body["type"] == "invalid_request_error"
+    if words.startswith("more"):
+        assert caught.value.status_code == 413
+    if words.startswith("longer"):
+        assert caught.value.code == "context_length_exceeded"
+
+
+def test_prompts_that_cannot_be_are_refused(client):
+    prompts = {"1 to 64 prompts": [], "tokens are not all": [999_999], "prompt is empty": "", "not all": [[]]}
+    for words, prompt in (*prompts.items(), ("1 to 64 prompts", ["a"] * 65)):
+        with pytest.raises(openai.BadRequestError, match=words):
+            client.completions.create(model="lora", prompt=prompt)
+
+
+def post(url: str, path: str, body: bytes, **headers: str) -> tuple[int, dict]:
+    """A request as no client sends it."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
+    connection.request("POST", path, body, {"Content-Type": "application/json", **headers})
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer.status, json.loads(content)
+
+
+def test_requests_of_other_programs_are_refused(served):
+    url, _ = served
+    body = json.dumps({"model": "tiny", "prompt": "a"}).encode()
+    for status, path, headers in (
+        (200, "/v1/completions", {}),
+        (200, "/v1/completions", {"Host": "localhost"}),
+        (415, "/v1/completions", {"Content-Type": "text/plain"}),  # what a web page can send anywhere
+        (403, "/v1/completions", {"Host": "evil.example"}),  # and what it is when its name leads here
+        (404, "/v1/embeddings", {}),
+        (405, "/v1/models", {}),
+    ):
+        found, answer = post(url, path, body, **headers)
+        assert found == status and ("error" in answer) == (status != 200), answer
+    assert post(url, "/v1/completions", b"{")[0] == 400
+
+
+# ---- limits
+
+
+def slow_down(monkeypatch, engine, seconds: float) -> None:
+    original = type(engine).forward
+
+    def forward(self, *inputs):
+        time.sleep(seconds)
+        return original(self, *inputs)
+
+    monkeypatch.setattr(type(engine), "forward", forward)
+
+
+def test_a_key_is_asked_for(engine):
+    with running_server(engine, api_key="sesame-open") as (url, _):
+        for key in ("wrong", "sesame-opem", "sesame-ope", "sesame-openn"):
+            with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
+                client_of(url, key).models.list()
+        assert len(list(client_of(url, "sesame-open").models.list())) == 6
+        connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        connection.request("GET", "/health", headers={"Host": "proxy.example"})  # with a key, by any name
+        assert connection.getresponse().status == 200
+        connection.request("GET", "/v1/models")
+
+
+def test_a_full_queue_answers_429_and_loses_nobody(engine, monkeypatch):
+    slow_down(monkeypatch, engine, 0.02)
+    with running_server(engine, max_batch=1, max_queue=2) as (url, _):
+        client = client_of(url)
+
+        def ask(_: int) -> str:
+            try:
+                client.completions.create(model="lora", prompt="a", max_tokens=20)
+                return "answered"
+            except openai.RateLimitError as error:
+                assert error.response.headers["retry-after"] == "1" and "waiting" in str(error)
+                return "refused"
+
+        with ThreadPoolExecutor(8) as pool:
+            results = list(pool.map(ask, range(8)))
+        assert set(results) == {"answered", "refused"} and results.count("answered") >= 3
+
+
+def test_a_request_has_a_time_limit_and_its_row_is_given_up(engine, monkeypatch):
+    slow_down(monkeypatch, engine, 0.1)
+    with running_server(engine, timeout_seconds=1.0) as (url, batcher):
+        client = client_of(url)
+        with pytest.raises(openai.APIStatusError, match="took too long") as caught:
+            client.completions.create(model="lora", prompt="a", max_tokens=60, temperature=0)
+        assert caught.value.status_code == 504 and caught.value.response.headers["x-should-retry"] == "false"
+        pieces = []
+        with pytest.raises(openai.APIError, match="took too long"):
+            for chunk in client.completions.create(model="lora", prompt="a", max_tokens=60, stream=True):
+                pieces.append(chunk)
+        assert pieces
+        wait_until(lambda: batcher.counts == (0, 0))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_place(engine, monkeypatch, stream):
+    slow_down(monkeypatch, engine, 0.05)
+    with running_server(engine) as (url, batcher):
+        host, _, port = url.removeprefix("http://").partition(":")
+        asked = {"model": "lora", "prompt": "a", "max_tokens": 60, "stream": stream, "temperature": 0}
+        body = json.dumps(asked).encode()
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+            if stream:
+                assert b"200 OK" in connection.recv(4096)
+            wait_until(lambda: batcher.counts == (0, 1))
+        began = time.monotonic()
+        wait_until(lambda: batcher.counts == (0, 0))
+        assert time.monotonic() - began < 2.0  # 60 tokens would take three seconds
+
+
+def test_a_fault_in_a_batch_is_an_error_500_and_the_server_lives_on(engine, monkeypatch):
+    original, broken = type(engine).forward, threading.Event()
+
+    def forward(self, *inputs):
+        if broken.is_set():
+            raise RuntimeError("a secret of the inside")
+        return original(self, *inputs)
+
+    monkeypatch.setattr(type(engine), "forward", forward)
+    with running_server(engine) as (url, _):
+        client = client_of(url)
+        broken.set()
+        for stream in (False, True):
+            with pytest.raises(openai.InternalServerError, match="inside the server") as caught:
+                client.completions.create(model="lora", prompt="a", stream=stream)
+            assert "secret" not in str(caught.value)
+        broken.clear()
+        with monkeypatch.context() as patch, pytest.raises(openai.InternalServerError, match="inside the server"):
+            patch.setattr(Prompter, "text", lambda self, prompt: 1 / 0)
+            client.completions.create(model="lora", prompt="a")
+        assert client.completions.create(model="lora", prompt="a").choices[0].text
+
+
+# ---- the process
+
+
+def test_the_command_serves_a_load_and_finishes_what_was_begun(tmp_path, tiny_model_folder):
+    """scripts/load_test.py on the tiny model; then SIGTERM, while one request is answered and two wait."""
+    folders = load_test.make_adapters(str(tiny_model_folder), tmp_path, 4, scale=0.3)
+    names = [folder.name for folder in folders]
+    load = load_test.Load(requests=60, clients=8, max_tokens=16)
+    prompts = ("How many apples?", "Name the largest planet. " * 4, "The river runs")
+    with load_test.server(*map(str, folders), "--max-batch", "6") as (url, process):
+        result = load_test.run_load(url, process, names, load, prompts)
+        assert not result.lost and not result.wrong
+        assert result.num_distinct == 4
+        # 10 more requests; the caches and logits of those alone are larger
+        assert result.resident_bytes[60] - result.resident_bytes[50] < 2**23
+
+        client = client_of(url.removesuffix("/v1"))
+        with ThreadPoolExecutor(12) as pool:
+            asked = [
+                pool.submit(client.completions.create, model=name, prompt="a", max_tokens=200, temperature=0)
+                for name in names * 3
+            ]
+            health = http.client.HTTPConnection(url.removesuffix("/v1").removeprefix("http://"))
+
+            def state() -> dict:
+                health.request("GET", "/health")
+                return json.loads(health.getresponse().read())
+
+            wait_until(lambda: state()["waiting"] == 6)
+            process.terminate()
+            lengths = [one.result().usage.completion_tokens for one in asked]
+        assert all(0 < length <= 200 for length in lengths)
+        assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "nothing to serve"),
+        (["a b=x"], "cannot be the name of an adapter"),
+        (["nowhere"], "there is no folder"),
+        (["x", "--port", "TAKEN"], "Address already in use"),
+        (["x", "--host", "192.0.2.1"], "cannot serve on 192.0.2.1 port 8000"),
+        (["x", "--host", "nowhere.invalid"], "cannot serve on nowhere.invalid"),
+        (["x", "KEY"], "QHYBRID_API_KEY is empty"),
+        (["x", "--base", ""], "there is no folder x"),
+        (["--base", "nowhere/at/all"], "there is no nowhere/at/all"),
+    ],
+)
+def test_what_cannot_be_served_is_one_message(arguments, words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        if arguments[-1:] == ["KEY"]:
+            monkeypatch.setenv("QHYBRID_API_KEY", " ")
+            arguments = arguments[:-1]
+        arguments = [argument.replace("TAKEN", str(taken.getsockname()[1])) for argument in arguments]
+        if "--port" not in arguments and "--host" not in arguments:
+            arguments = [*arguments, "--port", "0"]
+        with pytest.raises(SystemExit) as caught:
+            main(["serve", *arguments])
+    said = capsys.readouterr()
+    assert caught.value.code == 2 and said.out == ""
+    assert words in said.err and "error: " in said.err and "hint: " in said.err
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    with pytest.raises(SystemExit):
+        main(["serve", "--base", "x"])
+    assert "serving needs starlette\nhint: pip install 'qhybrid[serve]'" in capsys.readouterr().err

@@ -2,7 +2,8 @@
 """Writes docs/reliability.md from the figures that the tests of faults and attacks measured.
 
     export QHYBRID_FIGURES=/tmp/figures.jsonl
-    ./scripts/test --all tests/faults tests/attacks tests/integration/test_resume.py
+    ./scripts/test --all tests/faults tests/attacks tests/integration/test_resume.py tests/unit/export \\
+        tests/integration/test_export.py tests/integration/test_proof.py tests/integration/test_gguf_export.py
     scripts/reliability_table.py /tmp/figures.jsonl [more files]
 
 Figures of one name are listed once, the last one measured.
@@ -36,12 +37,14 @@ PROMISES = {
     12: "No secret and no home folder in anything written",
     13: "Bad data rows are counted and numbered; nothing kept is lost",
     14: "Out of memory: the step is taken again with smaller micro-batches",
+    15: "Merged, converted and exported adapters compute what was trained",
 }
 HEAD = """\
 # What runs survive
 
 How a run keeps its work, and what was tried to make it lose it. The tests are in `tests/faults/`,
-`tests/attacks/` and `tests/integration/test_resume.py`; by default the long sweeps run a fixed sample, with
+`tests/attacks/`, `tests/integration/test_resume.py`, and for exports `tests/unit/export/` and
+`tests/integration/test_{export,proof,gguf_export}.py`; by default the long sweeps run a fixed sample, with
 `./scripts/test --all` in full. This page is written by `scripts/reliability_table.py` from such a full run.
 
 ## How it works

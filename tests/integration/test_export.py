@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import randomize_adapters, run_cli, run_recipe
+from helpers import randomize_adapters, record_figure, run_cli, run_recipe
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -83,7 +83,12 @@ def test_peft_and_vllm_folders_compute_what_was_trained(lora_run, tmp_path, tiny
         assert done.returncode == 0, done.stderr
         assert "logits differ from the source's by" in done.stdout
         logits = by_peft(tiny_model_folder, [tmp_path / target], tmp_path / "logits")
-        assert (logits - trained).abs().max() <= 1e-5
+        difference = (logits - trained).abs().max()
+        assert difference <= 1e-5
+        kinds = "lora, rslora and adalora as one LoRA"
+        record_figure(
+            15, f"{kinds}, --to {target}, loaded by peft", f"logits within {difference:.1e} (1e-5 is allowed)"
+        )
     record = json.loads((tmp_path / "vllm" / "export.json").read_text())
     assert record["logits_difference"] <= 1e-5 and record["is_base_known"] and record["max_lora_rank"] == 8
 
@@ -145,7 +150,9 @@ def test_pissa_of_peft_becomes_lora(tmp_path, tiny_model_folder):
     again = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     with torch.no_grad():
         logits = PeftModel.from_pretrained(again, str(tmp_path / "out")).eval()(TOKENS).logits
-    assert (logits - trained).abs().max() <= 1e-5
+    difference = (logits - trained).abs().max()
+    assert difference <= 1e-5
+    record_figure(15, "PiSSA as LoRA on the untouched base", f"logits within {difference:.1e} (1e-5 is allowed)")
 
 
 def test_a_conversion_that_computes_something_else_is_not_kept(lora_run, tmp_path, monkeypatch):
@@ -188,6 +195,7 @@ def test_the_chat_template_gives_the_same_ids_in_every_export(lora_run, tmp_path
         for folder in (lora_run.adapter, tmp_path / "out")
     ]
     assert ids[0] == ids[1] and len(ids[0]) > 10
+    record_figure(15, f"the chat template, --to {target}", "the same token ids")
 
 
 def changed_copy(adapter: Path, place: Path, file: str, change) -> Path:

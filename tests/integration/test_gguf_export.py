@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import build_tokenizer
+from helpers import build_tokenizer, record_figure
 from llama_cpp import LlamaCpp
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
@@ -199,12 +199,20 @@ def test_the_merged_smollm2_answers_in_llama_cpp_as_here_and_its_tokenizer_is_th
     assert write_gguf_model(smol.merged, file, dtype="f32") == []
     server = LlamaCpp(file)
     assert smol.num_same(server) == len(QUESTIONS)
+    record_answers("merged, --to gguf, f32")
     assert smol.plain_answers != [smol.next_token(smol.model, prompt) for prompt in smol.prompts[:6]]
     for text in (*HARD_TEXTS, *QUESTIONS):
         assert server.tokenize(text, add_special=True) == smol.tokenizer(text)["input_ids"], text
     for turns in (*CONVERSATIONS, (SYSTEM, *CONVERSATIONS[0])):
         dicts = [{"role": role, "content": content} for role, content in turns]
         assert server.render(dicts) == rendered(smol.tokenizer, turns)
+    record_figure(15, "the chat template and the tokenizer, --to gguf", "the same token ids in llama.cpp")
+
+
+def record_answers(form: str) -> None:
+    record_figure(
+        15, f"{form}, in llama.cpp", f"the same greedy tokens on {len(QUESTIONS)}/{len(QUESTIONS)} prompts"
+    )
 
 
 @pytest.mark.slow
@@ -214,6 +222,7 @@ def test_smollm2_with_the_adapter_beside_it_answers_in_llama_cpp_as_here(smol, d
     write_gguf_model(smol.folder, base, dtype=dtype)
     write_gguf_adapter(smol.adapter, json.loads((smol.folder / "config.json").read_text()), adapter, dtype=dtype)
     assert smol.num_same(LlamaCpp(base, adapter)) == len(QUESTIONS)
+    record_answers(f"adapter beside its base, --to gguf, {dtype}")
 
 
 @pytest.mark.slow
@@ -221,3 +230,4 @@ def test_the_merged_smollm2_answers_the_same_in_16_bit_floats(smol):
     file = smol.work / "merged-f16.gguf"
     write_gguf_model(smol.merged, file, dtype="f16")
     assert smol.num_same(LlamaCpp(file)) == len(QUESTIONS)
+    record_answers("merged, --to gguf, f16")

@@ -1,81 +1,32 @@
-"""The merged model: its values against peft, float64 and the 4-bit model, and what faults leave of it."""
+"""The merged model: its values against peft, float64 and the 4-bit model, its folder, and the memory it takes."""
 
 from __future__ import annotations
 
-import builtins
 import hashlib
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from faults.disk import FullDisk
-from helpers import TINY, build_tokenizer, randomize_adapters, tiny_folder, tiny_layout
+from helpers import TINY, build_tokenizer, tiny_folder
+from merged_helpers import NF4, NONE, SHAPE, TOKENS, Trained, content_of, shards, weights_of
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qhybrid.adapters.attach import attach
 from qhybrid.adapters.dora import dequantized_weight
-from qhybrid.adapters.folder import read_plain, save_adapter
 from qhybrid.adapters.info import AdapterInfo
 from qhybrid.adapters.peft_folder import write_peft_folder
 from qhybrid.adapters.plain import PlainAdapter, PlainModule
 from qhybrid.base.load import keep_exact_on_cpu, load_base
-from qhybrid.errors import AdapterError, ExportError, ModelError
+from qhybrid.errors import AdapterError
 from qhybrid.export import merged_rows
 from qhybrid.export.bake import bake, merge_in_place
-from qhybrid.export.resumable import partial_of
-from qhybrid.export.shard_writer import ShardWriter
-from qhybrid.recipe.schema import ModelSection, QuantizationSection
-
-BANDS = [
-    {"band": "lora", "layers": "0", "kind": "lora", "rank": 4, "alpha": 10},
-    {"band": "rslora", "layers": "1", "kind": "rslora", "rank": 6},
-    {"band": "adalora", "layers": "2-3", "kind": "adalora", "rank": 3, "adalora": {"init_rank": 6}},
-    {"band": "dora", "layers": "4-5", "kind": "dora", "rank": 4},
-]
-SHAPE = {"intermediate_size": 128}  # whole NF4 blocks in each row, as in real models
-NF4, NONE = QuantizationSection(), QuantizationSection(method="none")
-TOKENS = torch.arange(3, 3 + 48).view(2, 24)
-
-
-class Trained:
-    """A tiny base, an adapter of four kinds on it with random values, and the model that has both."""
-
-    def __init__(self, folder: Path, *, dtype: str = "float32", method: str = "nf4", **changes: Any) -> None:
-        self.base = tiny_folder(folder / "base", getattr(torch, dtype), **{**SHAPE, **changes})
-        self.section = ModelSection(path=str(self.base), dtype=dtype, adapter_dtype="float32")
-        self.quantization = QuantizationSection(method=method)
-        layout = tiny_layout(BANDS, **{**SHAPE, **changes})
-        torch.manual_seed(0)
-        self.model = attach(load_base(self.section, self.quantization), layout, dtype=torch.float32)
-        randomize_adapters(self.model)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if "lora_lambda" in name:
-                    parameter[::2] = 0  # pruned
-        info = AdapterInfo(str(self.base), None, method, True, dtype, "float32", "sdpa", "chatml")
-        self.folder = folder / "adapter"
-        save_adapter(self.model, layout, info, self.folder)
-        build_tokenizer().save_pretrained(self.folder)
-        self.adapter = read_plain(self.folder)
-
-    @torch.no_grad()
-    def logits(self) -> torch.Tensor:
-        return self.model.eval()(TOKENS).logits
-
-    def bake(self, out: Path, onto: str, **options: Any):
-        """The facts, after the folder is in its place."""
-        with bake(self.adapter, self.section, self.quantization, out, onto=onto, **options) as baked:
-            return baked
+from qhybrid.recipe.schema import ModelSection
 
 
 @pytest.fixture(scope="module")
@@ -88,23 +39,6 @@ def on_nf4(trained, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("merged") / "nf4"
     trained.bake(out, "nf4")
     return out
-
-
-def shards(folder: Path, size: str, **changes: Any) -> Path:
-    """`folder` again as a model of several files."""
-    other = folder.with_name(f"{folder.name}-shards")
-    shutil.copytree(folder, other, ignore=shutil.ignore_patterns("*.safetensors"))
-    AutoModelForCausalLM.from_pretrained(folder, dtype="auto").save_pretrained(other, max_shard_size=size)
-    assert len(list(other.glob("*.safetensors"))) > 3
-    return other
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 # ---- values ----
@@ -229,6 +163,13 @@ def test_any_number_of_threads_writes_the_same(trained, on_nf4, tmp_path, monkey
     for name, value in weights_of(tmp_path / "out").items():
         # The product's sums may be in another order for other numbers of rows.
         assert (value - theirs[name]).abs().max() <= 1e-6 * value.abs().max()
+
+
+def test_an_attention_that_is_not_installed_is_not_needed(trained, on_nf4, tmp_path):
+    section = trained.section.model_copy(update={"attn_implementation": "flash_attention_2"})
+    with bake(trained.adapter, section, NF4, tmp_path / "out", onto="nf4"):
+        pass
+    assert content_of(tmp_path / "out") == content_of(on_nf4)
 
 
 # ---- the folder ----
@@ -369,235 +310,6 @@ def test_other_families(tmp_path, model_type, targets, onto):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         assert (merged(TOKENS).logits - reference(TOKENS).logits).abs().max() <= 1e-5
-
-
-# ---- what is refused ----
-
-
-def refused(trained: Trained, tmp_path: Path, error: type[Exception], match: str, out: str = "out") -> None:
-    """It is, and the folder is as before."""
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(error, match=match):
-        trained.bake(tmp_path / out, "nf4")
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.fixture
-def own(trained, tmp_path) -> Trained:
-    """A copy, to be damaged."""
-    shutil.copytree(trained.base, tmp_path / "base")
-    copy = object.__new__(Trained)
-    vars(copy).update(vars(trained))
-    copy.base, copy.section = tmp_path / "base", ModelSection(path=str(tmp_path / "base"), dtype="float32")
-    return copy
-
-
-def test_modules_that_the_base_lacks(own, tmp_path):
-    names = ("layers.0.mlp.up_proj", "layers.6.mlp.up_proj", "layers.7.mlp.up_proj", "norm")
-    modules = [PlainModule(f"model.{name}", torch.ones(1, 64), torch.ones(128, 1), 1.0) for name in names]
-    own.adapter = PlainAdapter(tuple(modules), own.adapter.info, own.folder)
-    told = r"no linear module model\.layers\.6\.mlp\.up_proj, .*, model\.norm \(3 of the adapter's 4 are missing\)"
-    refused(own, tmp_path, AdapterError, told)
-
-
-def test_modules_of_another_shape(own, tmp_path):
-    other = PlainModule("model.layers.0.mlp.up_proj", torch.ones(2, 64), torch.ones(96, 2), 1.0)
-    own.adapter = PlainAdapter((other,), own.adapter.info, own.folder)
-    refused(own, tmp_path, AdapterError, "up_proj is 128×64 in the base model and 96×64 in the adapter")
-
-
-def test_a_shard_that_is_missing_or_cut(own, tmp_path):
-    own.base = shards(own.base, "100KB")
-    own.section = ModelSection(path=str(own.base), dtype="float32")
-    shard = sorted(own.base.glob("*.safetensors"))[1]
-    content = shard.read_bytes()
-    shard.write_bytes(content[:-10])
-    refused(own, tmp_path, ModelError, f"{shard.name} is not a valid .safetensors file: it is truncated")
-    shard.write_bytes(b"garbage!" + content)
-    refused(own, tmp_path, ModelError, f"{shard.name} is not a valid .safetensors file")
-    shard.unlink()
-    refused(own, tmp_path, ModelError, f"lacks 1 of its .* weight files, such as {shard.name}")
-
-
-def test_a_shard_that_becomes_shorter_on_the_way(own, tmp_path, monkeypatch):
-    file = own.base / "model.safetensors"
-    size = file.stat().st_size
-    write = ShardWriter.write
-
-    def cutting(self, values):
-        if file.stat().st_size == size:
-            os.truncate(file, size // 2)
-        write(self, values)
-
-    monkeypatch.setattr(ShardWriter, "write", cutting)
-    refused(own, tmp_path, ModelError, "ends inside the tensor")
-
-
-def test_a_tensor_that_is_missing(own, tmp_path):
-    tensors = load_file(own.base / "model.safetensors")
-    del tensors["model.layers.2.mlp.up_proj.weight"]
-    save_file(tensors, own.base / "model.safetensors", {"format": "pt"})
-    refused(own, tmp_path, ModelError, r"lacks model\.layers\.2\.mlp\.up_proj\.weight")
-
-
-@pytest.mark.parametrize("name", ["model.layers.5.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"])
-def test_values_that_are_not_finite(own, tmp_path, name):
-    tensors = load_file(own.base / "model.safetensors")
-    tensors[name].view(-1)[-1] = float("nan")
-    save_file(tensors, own.base / "model.safetensors", {"format": "pt"})
-    refused(own, tmp_path, ModelError, f"{name} of the base model holds values that are not finite")
-
-
-def test_places_and_names(own, tmp_path):
-    (tmp_path / "taken").mkdir()
-    refused(own, tmp_path, ExportError, "taken exists already", out="taken")
-    for name in (".hidden", "-rf", "new\nline"):
-        refused(own, tmp_path, ExportError, "is not a usable name", out=name)
-
-
-def test_a_base_that_is_stored_quantised(own, tmp_path):
-    file = own.base / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
-    )
-    refused(own, tmp_path, ModelError, "is stored quantised.*\nhint: --base names the 16-bit model")
-
-
-def test_settings_that_cannot_be_read(own, tmp_path):
-    (own.base / "generation_config.json").write_text("{")
-    refused(own, tmp_path, ModelError, "generation_config.json: cannot be read as JSON")
-
-
-# ---- what stays after a fault ----
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory) -> tuple[Trained, Path]:
-    """A model of several shards, and its merged form without interruption."""
-    folder = tmp_path_factory.mktemp("sharded")
-    trained = Trained(folder)
-    trained.section = ModelSection(path=str(shards(trained.base, "200KB")), dtype="float32")
-    trained.bake(folder / "whole", "nf4")
-    return trained, folder / "whole"
-
-
-def inodes(folder: Path) -> dict[str, int]:
-    return {file.name: file.stat().st_ino for file in folder.glob("*.safetensors")} if folder.is_dir() else {}
-
-
-@pytest.mark.parametrize("pieces", [1, 12, 25, 40, 57])
-def test_an_interruption_at_any_piece(sharded, tmp_path, monkeypatch, pieces):
-    trained, whole = sharded
-    out, write, count = tmp_path / "out", ShardWriter.write, []
-
-    def interrupted(self, values):
-        count.append(1)
-        if len(count) == pieces:
-            raise KeyboardInterrupt
-        write(self, values)
-
-    monkeypatch.setattr(ShardWriter, "write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        trained.bake(out, "nf4")
-    assert not out.exists()
-    finished = inodes(partial_of(out))
-    monkeypatch.setattr(ShardWriter, "write", write)
-    baked = trained.bake(out, "nf4")
-    assert baked.num_resumed == len(finished) and finished.items() <= inodes(out).items()
-    assert content_of(out) == content_of(whole) and sorted(os.listdir(tmp_path)) == ["out"]
-
-
-def test_a_damaged_shard_is_written_again(sharded, tmp_path, monkeypatch):
-    trained, whole = sharded
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), bake(trained.adapter, trained.section, NF4, out, onto="nf4"):
-        raise KeyboardInterrupt  # while it is tried out
-    damaged = sorted(partial_of(out).glob("*.safetensors"))[1]
-    with damaged.open("r+b") as file:
-        file.seek(-3, 2)
-        file.write(b"\x01")
-    baked = trained.bake(out, "nf4")
-    assert baked.num_resumed == baked.num_shards - 1
-    assert content_of(out) == content_of(whole)
-
-
-def test_other_settings_or_another_base_begin_anew(sharded, tmp_path):
-    trained, whole = sharded
-    out = tmp_path / "out"
-
-    def interrupt(**options: Any) -> None:
-        with pytest.raises(KeyboardInterrupt), bake(trained.adapter, trained.section, NF4, out, **options):
-            raise KeyboardInterrupt
-
-    interrupt(onto="16bit")
-    interrupt(onto="nf4", dtype="bfloat16")
-    assert trained.bake(out, "nf4").num_resumed == 0
-    assert content_of(out) == content_of(whole)
-    shutil.rmtree(out)
-    interrupt(onto="nf4")
-    os.utime(next(Path(trained.section.path).glob("*.safetensors")), (1, 1))  # as if it had been replaced
-    assert trained.bake(out, "nf4").num_resumed == 0
-    assert content_of(out) == content_of(whole)
-
-
-KILLED = """
-import os, signal, sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from qhybrid.adapters.folder import read_plain
-from qhybrid.export.bake import bake
-from qhybrid.recipe.schema import ModelSection, QuantizationSection
-
-def kill(done, total):
-    if done >= total * {share}:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-section = ModelSection(path={base!r}, dtype="float32", adapter_dtype="float32")
-with bake(read_plain(Path({adapter!r})), section, QuantizationSection(), Path({out!r}), onto="nf4", progress=kill):
-    pass
-"""
-
-
-@pytest.mark.parametrize("share", [0.6])
-def test_a_kill(sharded, tmp_path, share):
-    trained, whole = sharded
-    out = tmp_path / "out"
-    script = KILLED.format(
-        paths=[str(Path(__file__).parents[2])],
-        share=share,
-        base=trained.section.path,
-        adapter=str(trained.folder),
-        out=str(out),
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not out.exists()
-    before = inodes(partial_of(out))
-    baked = trained.bake(out, "nf4")
-    assert 1 <= baked.num_resumed < baked.num_shards
-    assert len(before.items() & inodes(out).items()) >= baked.num_resumed
-    assert content_of(out) == content_of(whole)
-
-
-def test_the_disk_fills_at_any_byte(sharded, tmp_path, monkeypatch):
-    """While shards or settings are written: no folder, what is finished stays, and the rest follows."""
-    trained, whole = sharded
-    content = content_of(whole)
-    first = min(name for name in content if name.endswith("safetensors"))
-    size = sum(len(data) for name, data in content.items() if name.startswith(("model", "config", "generation")))
-    for room in (0, 100, len(content[first]), len(content[first]) + 1, size // 2, size - 1):
-        out = tmp_path / f"out-{room}"
-        monkeypatch.setattr(builtins, "open", FullDisk(room).open)
-        with pytest.raises(ExportError, match=r"out-\d+ cannot be written: .*No space left"):
-            trained.bake(out, "nf4")
-        monkeypatch.undo()
-        assert not out.exists()
-        finished = inodes(partial_of(out))
-        assert bool(finished) == partial_of(out).exists() == (room >= len(content[first]))
-        assert trained.bake(out, "nf4").num_resumed == len(finished)
-        assert content_of(out) == content
-    assert len(finished) == len(inodes(out))  # all but the last byte of the settings
 
 
 # ---- memory ----

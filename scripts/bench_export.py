@@ -73,7 +73,7 @@ def measure(way: str, base: Path, adapter: Path, out: Path) -> dict[str, object]
 
     from qhybrid.adapters.folder import read_plain
     from qhybrid.evaluation.models import sections_of
-    from qhybrid.export.bake import bake
+    from qhybrid.export.merged.bake import bake
     from qhybrid.recipe.schema import QuantizationSection
 
     assert LlamaForCausalLM  # imported before memory is measured

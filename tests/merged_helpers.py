@@ -15,7 +15,7 @@ from qhybrid.adapters.attach import attach
 from qhybrid.adapters.folder import read_plain, save_adapter
 from qhybrid.adapters.info import AdapterInfo
 from qhybrid.base.load import load_base
-from qhybrid.export.bake import bake
+from qhybrid.export.merged.bake import bake
 from qhybrid.recipe.schema import ModelSection, QuantizationSection
 
 BANDS = [

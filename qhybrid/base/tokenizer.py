@@ -59,8 +59,17 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer's files, without the paths of this machine that some of them hold."""
-    tokenizer.save_pretrained(str(folder))
+    """Write a tokenizer's files, without the paths of this machine that some of them hold.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library tells of a full disk in an exception of its own
+        raise OSError(f"the tokenizer cannot be written: {str(error).partition(chr(10))[0]}") from error
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
         write_atomically(settings, settings.read_text(encoding="utf-8"))

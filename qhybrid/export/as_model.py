@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qhybrid.architecture.spec import read_config
-from qhybrid.data.prepare import prepare_file
-from qhybrid.data.tokenize import EncodedRow
 from qhybrid.disk import write_bytes
-from qhybrid.errors import DataError, ExportError, ProofError
-from qhybrid.export.bake import Baked, bake
+from qhybrid.errors import ExportError, ProofError
 from qhybrid.export.card import Artefact
 from qhybrid.export.finish import Exported, finish, told_approximation
 from qhybrid.export.gguf.model import GgufDtype, require_known_to_llama_cpp, write_gguf_model
@@ -22,14 +19,14 @@ from qhybrid.export.gguf.ollama import ollama_modelfile
 from qhybrid.export.gguf.tokenizer import end_token_ids
 from qhybrid.export.job import Job, Say
 from qhybrid.export.loading_code import model_code
-from qhybrid.export.merged_rows import Onto
+from qhybrid.export.merged.bake import Baked, bake
+from qhybrid.export.merged.rows import Onto
 from qhybrid.export.output import new_folder
-from qhybrid.export.probe import probe_rows
+from qhybrid.export.probe import MeasuredRows, measured_rows
 from qhybrid.export.proof import Proof, prove
 from qhybrid.recipe.schema import SourceSection
 from qhybrid.units import format_bytes, format_duration
 
-PROBE = "built-in probe"
 MODELFILE = "Modelfile"
 
 
@@ -129,29 +126,18 @@ def _baked(job: Job, out: Path, onto: Onto, say: Say) -> Iterator[Baked]:
         yield baked
 
 
-def _rows(job: Job, wanted: ProofWanted) -> list[EncodedRow]:
+def _rows(job: Job, wanted: ProofWanted) -> MeasuredRows | None:
     """Read before anything is written, so that a wrong file costs nothing."""
     if not wanted.measure:
-        return []
-    if wanted.data is None:
-        return probe_rows(job.tokenizer, job.trained.info)
-    rows, _ = prepare_file(
-        SourceSection.model_validate({"path": str(wanted.data)}),
-        job.tokenizer,
-        chat_template=None,
-        base_folder=Path(),
-        system_prompt=job.trained.info.system_prompt,
-        date=job.trained.info.date,
-    )
-    if not rows:
-        raise DataError("no row of it can be used", where=str(wanted.data))
-    return rows
+        return None
+    source = None if wanted.data is None else SourceSection.model_validate({"path": str(wanted.data)})
+    return measured_rows(source, job.tokenizer, job.trained.info)
 
 
 def _prove(
-    job: Job, written: Path, onto: Onto, rows: list[EncodedRow], wanted: ProofWanted, say: Say
+    job: Job, written: Path, onto: Onto, rows: MeasuredRows | None, wanted: ProofWanted, say: Say
 ) -> Proof | None:
-    if not wanted.measure:
+    if rows is None:
         return None
     say("measuring the proof")
     return prove(
@@ -159,8 +145,8 @@ def _prove(
         job.adapter,
         job.section,
         job.quantization,
-        rows,
-        PROBE if wanted.data is None else wanted.data.name,
+        rows.rows,
+        rows.name,
         onto=onto,
         written=written,
         mark=wanted.min_agreement,
@@ -174,7 +160,9 @@ def _figures(baked: Baked, proof: Proof | None) -> dict[str, Any]:
         "resumed_shards": baked.num_resumed,
         "adapted_weights": baked.num_adapted,
         "changed_weights": baked.num_changed,
+        "changed_share": baked.changed_share,
         "merge_seconds": round(baked.seconds, 1),
+        **baked.settings,
         "proof": None if proof is None else proof.to_dict(),
     }
 

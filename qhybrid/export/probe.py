@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from qhybrid.adapters.info import AdapterInfo
+from qhybrid.data.audit import SourceAudit
 from qhybrid.data.prepare import prepare_file
 from qhybrid.data.tokenize import EncodedRow
 from qhybrid.errors import DataError
@@ -38,33 +42,63 @@ _TURNS = (
 )  # fmt: skip
 
 
+PROBE = "built-in probe"
+
+
+@dataclass(frozen=True)
+class MeasuredRows:
+    """Rows to measure a loss on, what they are called, and how many of the file cannot be used."""
+
+    name: str
+    rows: list[EncodedRow]
+    dropped: int = 0
+
+
+def measured_rows(
+    source: SourceSection | None, tokenizer: PreTrainedTokenizerBase, info: AdapterInfo
+) -> MeasuredRows:
+    """The rows of `source`, or the probe, as training would have tokenised them.
+
+    Raises:
+        DataError: the file cannot be read, or none of its rows can be used.
+    """
+    if source is None:
+        return MeasuredRows(PROBE, probe_rows(tokenizer, info))
+    rows, audit = _encoded(source, tokenizer, info)
+    return MeasuredRows(Path(source.path).name, rows, audit.dropped)
+
+
 def probe_rows(tokenizer: PreTrainedTokenizerBase, info: AdapterInfo) -> list[EncodedRow]:
-    """The probe as rows for evaluation, in the adapter's chat template; as plain text where there is none."""
-    return rows_of_probe(tokenizer, info, as_messages=bool(tokenizer.chat_template))
+    """The probe in the adapter's chat template; as plain text where there is none, or it takes no such turns."""
+    if tokenizer.chat_template:
+        conversations = [
+            {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]}
+            for asked, answered in _TURNS
+        ]
+        with contextlib.suppress(DataError):
+            return _from_values(conversations, tokenizer, info)
+    return _from_values(
+        [{"prompt": f"{asked}\n", "completion": answered} for asked, answered in _TURNS], tokenizer, info
+    )
 
 
-def rows_of_probe(tokenizer: PreTrainedTokenizerBase, info: AdapterInfo, *, as_messages: bool) -> list[EncodedRow]:
-    """The probe in one of its two forms."""
-    rows = [
-        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]}
-        if as_messages
-        else {"prompt": asked + "\n", "completion": answered}
-        for asked, answered in _TURNS
-    ]
+def _from_values(
+    values: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, info: AdapterInfo
+) -> list[EncodedRow]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "probe.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        try:
-            encoded, _ = prepare_file(
-                SourceSection.model_validate({"path": str(file)}),
-                tokenizer,
-                chat_template=None,
-                base_folder=Path(),
-                system_prompt=info.system_prompt,
-                date=info.date,
-            )
-        except DataError:
-            if not as_messages:
-                raise
-            return rows_of_probe(tokenizer, info, as_messages=False)  # a template that takes no such turns
-    return encoded
+        file.write_text("".join(json.dumps(row) + "\n" for row in values), encoding="utf-8")
+        return _encoded(SourceSection.model_validate({"path": str(file)}), tokenizer, info)[0]
+
+
+def _encoded(
+    source: SourceSection, tokenizer: PreTrainedTokenizerBase, info: AdapterInfo
+) -> tuple[list[EncodedRow], SourceAudit]:
+    return prepare_file(
+        source,
+        tokenizer,
+        chat_template=None,
+        base_folder=Path(),
+        system_prompt=info.system_prompt,
+        date=info.date,
+    )

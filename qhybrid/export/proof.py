@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from qhybrid.base.load import keep_exact_on_cpu, load_base
 from qhybrid.data.tokenize import IGNORED_LABEL, EncodedRow
 from qhybrid.errors import ProofError
 from qhybrid.evaluation.forward import batches, scored_logits
-from qhybrid.export.bake import merge_in_place
+from qhybrid.export.merged.bake import merge_in_place
+from qhybrid.export.merged.rows import Onto
 from qhybrid.recipe.schema import ModelSection, QuantizationSection
 
 _MOST_KEPT_BYTES = 2**30  # log-probabilities of the reference are kept in fp32 up to this
@@ -34,7 +35,6 @@ _NEAR = 0.01  # a merged model whose figures are its base's up to this share of 
 # weights only rounding is left; on the 16-bit ones the reference's own 4-bit error shows.
 DEFAULT_MARKS = {"nf4": 0.95, "16bit": 0.7}
 
-Onto = Literal["16bit", "nf4"]
 _FORMS: dict[Onto, str] = {"16bit": "merged on 16-bit", "nf4": "merged on dequantised NF4"}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from qhybrid.base.locate import weight_files
 from qhybrid.base.safetensors_reader import SafetensorsReader
 from qhybrid.errors import AdapterError
-from qhybrid.export.merged_rows import merged_weight
+from qhybrid.export.merged.rows import merged_weight
 from qhybrid.recipe.schema import QuantizationSection
 
 

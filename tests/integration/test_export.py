@@ -177,11 +177,12 @@ def test_a_conversion_that_computes_something_else_is_not_kept(lora_run, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("target", ["peft", "vllm", "int8"])
+@pytest.mark.parametrize("target", ["peft", "vllm", "int8", "merged"])
 def test_the_chat_template_gives_the_same_ids_in_every_export(lora_run, tmp_path, target):
     from transformers import AutoTokenizer
 
-    done = run_cli("export", lora_run.folder, tmp_path / "out", "--to", target)
+    options = ("--no-proof",) if target == "merged" else ()
+    done = run_cli("export", lora_run.folder, tmp_path / "out", "--to", target, *options)
     assert done.returncode == 0, done.stderr
     messages = [
         {"role": "user", "content": "How many apples are left?"},

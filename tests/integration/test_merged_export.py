@@ -24,8 +24,8 @@ from qhybrid.adapters.peft_folder import write_peft_folder
 from qhybrid.adapters.plain import PlainAdapter, PlainModule
 from qhybrid.base.load import keep_exact_on_cpu, load_base
 from qhybrid.errors import AdapterError
-from qhybrid.export import merged_rows
-from qhybrid.export.bake import bake, merge_in_place
+from qhybrid.export.merged import rows as merged_rows
+from qhybrid.export.merged.bake import bake, merge_in_place
 from qhybrid.recipe.schema import ModelSection
 
 
@@ -320,7 +320,7 @@ from pathlib import Path
 import transformers.models.llama.modeling_llama
 import transformers.quantizers.quantizer_bnb_4bit
 from qhybrid.adapters.folder import read_plain
-from qhybrid.export.bake import bake
+from qhybrid.export.merged.bake import bake
 from qhybrid.recipe.schema import ModelSection, QuantizationSection
 
 def status(key):

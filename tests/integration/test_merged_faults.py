@@ -16,9 +16,9 @@ from faults.disk import FullDisk
 from merged_helpers import NF4, Trained, content_of, shards
 
 from qhybrid.errors import ExportError
-from qhybrid.export.bake import bake
+from qhybrid.export.merged.bake import bake
+from qhybrid.export.merged.shard_writer import ShardWriter
 from qhybrid.export.resumable import partial_of
-from qhybrid.export.shard_writer import ShardWriter
 from qhybrid.recipe.schema import ModelSection
 
 
@@ -96,7 +96,7 @@ import os, signal, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from qhybrid.adapters.folder import read_plain
-from qhybrid.export.bake import bake
+from qhybrid.export.merged.bake import bake
 from qhybrid.recipe.schema import ModelSection, QuantizationSection
 
 def kill(done, total):

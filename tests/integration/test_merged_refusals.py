@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qhybrid.adapters.plain import PlainAdapter, PlainModule
 from qhybrid.errors import AdapterError, ExportError, ModelError
-from qhybrid.export.shard_writer import ShardWriter
+from qhybrid.export.merged.shard_writer import ShardWriter
 from qhybrid.recipe.schema import ModelSection
 
 

@@ -15,14 +15,13 @@ from qhybrid.adapters.folder import read_plain
 from qhybrid.adapters.int8 import WEIGHTS as INT8_WEIGHTS
 from qhybrid.adapters.plain import PlainAdapter
 from qhybrid.base.load import load_base
-from qhybrid.data.prepare import prepare_file
 from qhybrid.errors import AdapterError
 from qhybrid.evaluation.evaluate import evaluate
 from qhybrid.evaluation.models import sections_of, tokenizer_of
 from qhybrid.export.derive.derived import common_info, name_of, stored_size, write_derived
 from qhybrid.export.derive.shorten import Shortened, ShortenSettings, shorten
 from qhybrid.export.output import require_free
-from qhybrid.export.probe import probe_rows
+from qhybrid.export.probe import measured_rows
 from qhybrid.recipe.schema import SourceSection
 
 BAND, RECORD = "compressed", "compress.json"
@@ -123,19 +122,8 @@ def _losses(adapter: PlainAdapter, shortened: Shortened, wanted: LossWanted, say
     """Both on one base that is loaded once, with A and B in fp32, so that the difference is the cut's alone."""
     section, quantization = sections_of(adapter.info, adapter.source, wanted.base)
     tokenizer = tokenizer_of(adapter.source, section)
-    if wanted.data is None:
-        data, rows, dropped = "built-in probe", probe_rows(tokenizer, adapter.info), 0
-    else:
-        data = Path(wanted.data.path).name
-        rows, audit = prepare_file(
-            wanted.data,
-            tokenizer,
-            chat_template=None,
-            base_folder=Path(),
-            system_prompt=adapter.info.system_prompt,
-            date=adapter.info.date,
-        )
-        dropped = audit.dropped
+    measured = measured_rows(wanted.data, tokenizer, adapter.info)
+    rows = measured.rows
     say("loading the base model")
     model = load_base(section, quantization)
     found = []
@@ -150,4 +138,4 @@ def _losses(adapter: PlainAdapter, shortened: Shortened, wanted: LossWanted, say
             evaluate(model, tokenizer, rows, batch_size=_BATCH_SIZE, max_new_tokens=None, progress=report)
         )
     before, after = found
-    return Losses(data, before.num_rows, dropped, before.num_tokens, before.loss, after.loss)
+    return Losses(measured.name, before.num_rows, measured.dropped, before.num_tokens, before.loss, after.loss)

@@ -8,8 +8,8 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from qhybrid.adapters.plain import PlainModule
 from qhybrid.errors import ExportError, ModelError
-from qhybrid.export import merged_rows
-from qhybrid.export.merged_rows import Nf4Rows, chunks, merge_into, merged_weight, rows_of
+from qhybrid.export.merged import rows as merged_rows
+from qhybrid.export.merged.rows import Nf4Rows, chunks, merge_into, merged_weight, rows_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

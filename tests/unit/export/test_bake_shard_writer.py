@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qhybrid.export.shard_writer import ShardWriter, TensorPlan
+from qhybrid.export.merged.shard_writer import ShardWriter, TensorPlan
 
 TENSORS = {
     "model.embed": torch.randn(7, 3).bfloat16(),

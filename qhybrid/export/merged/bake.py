@@ -26,19 +26,19 @@ from qhybrid.base.fingerprint import config_hash
 from qhybrid.base.load import resolve_device
 from qhybrid.disk import write_bytes
 from qhybrid.evaluation.models import tokenizer_of
-from qhybrid.export.base_tensors import (
+from qhybrid.export.merged.base_tensors import (
     BaseFiles,
     modules_by_weight,
     open_base,
     quantized_weights,
     shell_like,
 )
-from qhybrid.export.merged_rows import Onto, merge_into, rows_of
-from qhybrid.export.merged_shard import MergeJob, plan_shard, write_shard
-from qhybrid.export.model_files import read_generation, write_model_files
+from qhybrid.export.merged.model_files import read_generation, write_model_files
+from qhybrid.export.merged.rows import Onto, merge_into, rows_of
+from qhybrid.export.merged.shard import MergeJob, plan_shard, write_shard
+from qhybrid.export.merged.shard_writer import TensorPlan
 from qhybrid.export.output import require_free
 from qhybrid.export.resumable import PartialFolder, resumable_folder, sha256_of
-from qhybrid.export.shard_writer import TensorPlan
 from qhybrid.recipe.schema import Dtype, ModelSection, QuantizationSection
 
 _FORMAT_VERSION = 1  # of what is written: another one does not go on from this one's shards

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qhybrid.export.base_tensors import BaseShard, BaseTensor
-from qhybrid.export.merged_rows import Onto, Rows, chunks, merged_rows, require_finite, rows_of, widened
-from qhybrid.export.shard_writer import ShardWriter, TensorPlan
+from qhybrid.export.merged.base_tensors import BaseShard, BaseTensor
+from qhybrid.export.merged.rows import Onto, Rows, chunks, merged_rows, require_finite, rows_of, widened
+from qhybrid.export.merged.shard_writer import ShardWriter, TensorPlan
 from qhybrid.recipe.schema import Dtype
 
 _MOST_THREADS = 8  # beyond that the one that writes and hashes decides

@@ -20,7 +20,7 @@ from qhybrid.base.load import build_shell, match_tensors, read_model_config
 from qhybrid.base.locate import model_folder, weight_files
 from qhybrid.base.safetensors_reader import SafetensorsReader, TensorEntry
 from qhybrid.errors import AdapterError, ModelError
-from qhybrid.export.merged_rows import Onto
+from qhybrid.export.merged.rows import Onto
 from qhybrid.recipe.schema import ModelSection, QuantizationSection
 
 _NAMES_SHOWN = 3

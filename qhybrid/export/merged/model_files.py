@@ -59,12 +59,7 @@ def write_model_files(
     ending = _with_end(generation, config, tokenizer.eos_token_id)
     if ending:
         _write_json(folder / GENERATION, ending)
-    try:
-        save_tokenizer(tokenizer, folder)
-    except OSError:
-        raise
-    except Exception as error:  # the tokenizers library tells of a full disk in an exception of its own
-        raise OSError(f"the tokenizer cannot be written: {str(error).partition(chr(10))[0]}") from error
+    save_tokenizer(tokenizer, folder)
 
 
 def _with_end(generation: dict[str, Any] | None, config: dict[str, Any], end: Any) -> dict[str, Any] | None:

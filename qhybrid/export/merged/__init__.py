@@ -1,0 +1,1 @@
+"""Whole models, the adapter in their weights: streamed to files, and in memory."""

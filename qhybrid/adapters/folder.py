@@ -171,6 +171,9 @@ def read_plain(folder: Path) -> PlainAdapter:
             raise AdapterError(f"the run in {folder} has not finished: it has no adapter yet")
         folder = folder / "adapter"
     refuse_links_out(folder)
+    below = sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))
+    if below and not any((folder / name).is_file() for name in (INFO, CONFIG)):
+        raise AdapterError(f"{folder} is no adapter folder itself", hint=f"did you mean {below[0]}?")
     if (folder / INFO).is_file() or not (folder / CONFIG).is_file():
         layout, info = read_adapter(folder)
         adapter = PlainAdapter(plain_modules(layout, _read_weights(folder, layout)), info, folder)

@@ -43,6 +43,7 @@ def read_adapter(folder: Path) -> tuple[Layout, AdapterInfo]:
 
     Raises:
         AdapterError: not an adapter folder of qhybrid, or one of another format version.
+        LayoutError: its layout is damaged.
     """
     if not (folder / INFO).is_file() or not (folder / LAYOUT).is_file():
         nearby = [candidate.parent for candidate in sorted(folder.glob(f"*/{INFO}"))] if folder.is_dir() else []
@@ -50,7 +51,7 @@ def read_adapter(folder: Path) -> tuple[Layout, AdapterInfo]:
             f"{folder} is not an adapter folder of qhybrid",
             hint=f"did you mean {nearby[0]}?" if nearby else f"it must hold {INFO} and {LAYOUT}",
         )
-    layout = Layout.from_json((folder / LAYOUT).read_text(encoding="utf-8"), str(folder / LAYOUT))
+    layout = Layout.from_json((folder / LAYOUT).read_bytes(), str(folder / LAYOUT))
     try:
         content = json.loads((folder / INFO).read_text(encoding="utf-8"))
         if content.get("format_version") != FORMAT_VERSION:
@@ -60,5 +61,5 @@ def read_adapter(folder: Path) -> tuple[Layout, AdapterInfo]:
         return layout, TypeAdapter(AdapterInfo).validate_json(json.dumps(content))
     except ValidationError as error:
         raise AdapterError(f"not an adapter description: {first_fault(error)}", where=str(folder / INFO)) from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise AdapterError(f"not an adapter description: {error}", where=str(folder / INFO)) from None

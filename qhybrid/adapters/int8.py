@@ -1,7 +1,7 @@
 """Adapters in INT8: A with a scale for each row, B with one for each output channel, magnitudes as they are.
 
 x ≈ scale · q with q in −127…127 and scale = max|x| / 127 of the row; a row of A belongs to one rank term, a row of
-B to one output channel. Half the bytes of bf16, a quarter of fp32.
+B to one output channel. Half the bytes of bf16, a quarter of fp32, beside the scales.
 """
 
 from __future__ import annotations

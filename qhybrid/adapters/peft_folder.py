@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from qhybrid.adapters.peft_patterns import LONGEST, MOST_KEYS, first_of, require_key
 from qhybrid.adapters.plain import PlainModule
 from qhybrid.base.tensor_files import read_tensors, write_tensors
 from qhybrid.errors import AdapterError
@@ -23,6 +22,7 @@ _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "
 _NAME = re.compile(
     rf"{re.escape(_PREFIX)}(?P<module>[\w.]+?)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})(\.weight)?"
 )
+_LARGEST = 1e6  # of ranks and alphas, far beyond what is trained
 # Settings of peft that change what A and B mean, or add other tensors; what they must be to be read here.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False,),
@@ -97,9 +97,9 @@ def read_peft_folder(folder: Path) -> tuple[tuple[PlainModule, ...], dict[str, A
     found: dict[str, dict[str, Tensor]] = {}
     for name, value in read_tensors(file, AdapterError).items():
         match = _NAME.fullmatch(name)
-        if match is None:
+        if match is None or len(name) > LONGEST:
             raise AdapterError(
-                f"{name} belongs to no linear layer's A, B or magnitudes",
+                f"{name:.{LONGEST}} belongs to no linear layer's A, B or magnitudes",
                 where=str(file),
                 hint="adapters of embeddings, and what peft trains beside them, are not read here",
             )
@@ -137,18 +137,18 @@ def _read_config(file: Path) -> dict[str, Any]:
         config[pattern] = config.get(pattern) or {}
         if not isinstance(config[pattern], dict):
             raise AdapterError(f"its {pattern} is no mapping", where=str(file))
+        if len(config[pattern]) > MOST_KEYS:
+            raise AdapterError(f"its {pattern} has more than {MOST_KEYS} keys", where=str(file))
         for names, value in config[pattern].items():
+            require_key(names, pattern, str(file))
             _require_size(value, f"{pattern} of {names!r}", str(file))
-            try:
-                re.compile(names)
-            except re.error as error:
-                raise AdapterError(f"its {pattern} has {names!r}: {error}", where=str(file)) from None
     return config
 
 
 def _require_size(value: Any, name: str, where: str) -> None:
-    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-        raise AdapterError(f"its {name} is {value!r}", where=where, hint="it must be a number above 0")
+    if type(value) not in (int, float) or not 0 < value <= _LARGEST:
+        hint = f"it must be a number above 0 and at most {_LARGEST:,.0f}"
+        raise AdapterError(f"its {name} is {value!r:.40}", where=where, hint=hint)
 
 
 def _module(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> PlainModule:
@@ -163,8 +163,8 @@ def _module(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], w
         raise AdapterError(f"the magnitudes of {name} do not go with its configuration", where=where)
     rank = a.shape[0]
     ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
-    told = ranks.get(get_pattern_key(list(ranks), name), config["r"])
+    told = first_of(ranks, name, config["r"])
     if told != rank:
         raise AdapterError(f"{name} has rank {rank}, its configuration says {told}", where=where)
-    alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
+    alpha = first_of(alphas, name, config["lora_alpha"])
     return PlainModule(name, a, b, alpha / (rank**0.5 if config.get("use_rslora") else rank), magnitude)

@@ -90,11 +90,11 @@ class Layout:
         return f'{{\n  "format_version": {FORMAT_VERSION},\n  "rows": [\n{rows}\n  ]\n}}\n'
 
     @classmethod
-    def from_json(cls, text: str, where: str = "layout.json") -> Layout:
+    def from_json(cls, text: str | bytes, where: str = "layout.json") -> Layout:
         """Read what `to_json` wrote.
 
         Raises:
-            LayoutError: not JSON, another format version, or rows with other fields.
+            LayoutError: not JSON in UTF-8, another format version, or rows with other fields.
         """
         try:
             content: dict[str, Any] = json.loads(text)
@@ -105,7 +105,7 @@ class Layout:
             return cls(_ROWS.validate_json(json.dumps(content["rows"])))  # strict, and from JSON's types
         except ValidationError as error:
             raise LayoutError(f"not a layout: {first_fault(error)}", where=where) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise LayoutError(f"not a layout: {error}", where=where) from None
 
     def to_text(self) -> str:

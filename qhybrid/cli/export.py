@@ -69,7 +69,7 @@ def command(
 
     What is written is first held against the adapter: peft and vllm by the logits, merged by --prove.
     """
-    from qhybrid.errors import ExportError
+    from qhybrid.errors import AdapterError, ExportError
     from qhybrid.export.output import require_free
 
     is_model = target == "merged" or (target == "gguf" and onto is not None)
@@ -82,11 +82,14 @@ def command(
         raise ExportError("llama.cpp's adapters are f32 or f16", hint="--gguf-type f32")
     if onto and target not in ("merged", "gguf"):
         raise ExportError(f"--onto has no effect with --to {target}", hint="leave it out")
-    if prove and no_proof:
-        raise ExportError("--prove and --no-proof exclude each other", hint="leave one of them out")
+    for given, name in ((prove, "--prove"), (min_agreement, "--min-agreement")):
+        if given and no_proof:
+            raise ExportError(f"{name} and --no-proof exclude each other", hint="leave one of them out")
     if private and not push:
         raise ExportError("--private has no effect without --push", hint="give --push ORG/NAME")
     place = Path(out)
+    if not Path(adapter).is_dir():  # said before torch is imported
+        raise AdapterError(f"there is no folder {adapter}", hint="name an adapter folder or a run folder")
     require_free(place)
     if push:
         from qhybrid.export.hub import require_repository
@@ -96,25 +99,25 @@ def command(
     from qhybrid.cli.main import quiet_libraries
 
     quiet_libraries()
-    from rich.console import Console
-
+    from qhybrid.cli.phases import phases, stop_on_sigterm
     from qhybrid.export import as_adapter, as_model
     from qhybrid.export.job import Source, prepare
 
     source = Source(Path(adapter), base, other_base, quantization, dtype, dora_to_lora)
-    with Console(stderr=True).status("reading the adapter") as status:
-        job = prepare(source, status.update)
+    stop_on_sigterm()
+    with phases("reading the adapter") as say:
+        job = prepare(source, say)
         if is_model:
             wanted = as_model.ProofWanted(None if prove is None else Path(prove), not no_proof, min_agreement)
             if target == "merged":
-                result = as_model.to_merged(job, place, onto or "16bit", wanted, status.update)
+                result = as_model.to_merged(job, place, onto or "16bit", wanted, say)
             else:
-                result = as_model.to_merged_gguf(job, place, onto, gguf_type or "f16", wanted, status.update)
+                result = as_model.to_merged_gguf(job, place, onto, gguf_type or "f16", wanted, say)
         elif target == "gguf":
-            result = as_adapter.to_gguf(job, place, gguf_type or "f32", status.update)
+            result = as_adapter.to_gguf(job, place, gguf_type or "f32", say)
         else:
             write = {"peft": as_adapter.to_peft, "vllm": as_adapter.to_vllm, "int8": as_adapter.to_int8}[target]
-            result = write(job, place, status.update)
+            result = write(job, place, say)
     if as_json:
         click.echo(json.dumps({"folder": str(result.folder), **result.figures}))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qhybrid.cli.serve import base_options
-from qhybrid.errors import DataError, ServingError
+from qhybrid.errors import DataError, QhybridError, ServingError
 
 if TYPE_CHECKING:
     from qhybrid.serving.decode import Completion
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 )
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0: all tokens.")
-@click.option("--seed", type=int, help="Equal seeds draw equal answers.")
+@click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), help="Equal seeds draw equal answers.")
 @click.option("--stop", multiple=True, help="A text at which an answer ends.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Of --file.")
 def command(
@@ -50,6 +51,7 @@ def command(
     dtype: str | None,
     attn_implementation: str | None,
     max_context: int | None,
+    other_base: bool,
     file: str | None,
     chat: bool,
     raw: bool,
@@ -83,7 +85,10 @@ def command(
         raise ServingError("nothing to answer with", hint="give --adapter, or --base for a model by itself")
     lines = _read_lines(Path(file)) if file is not None else []
     if prompt == "-":
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input is not text: {error}") from None
 
     from qhybrid.cli.main import quiet_libraries
 
@@ -95,12 +100,13 @@ def command(
 
     console = Console(stderr=True)
     with console.status("loading"):
-        engine = load_engine(named, BaseChoice(base, quantization, dtype, attn_implementation, max_context))
+        choice = BaseChoice(base, quantization, dtype, attn_implementation, max_context, other_base)
+        engine = load_engine(named, choice)
     for note in engine.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     answers = _Answers(engine, Sampling(temperature, top_p, top_k, seed), stop, max_new_tokens, raw, system)
     if file is not None:
-        _answer_file(answers, lines, batch_size, file)
+        _answer_file(answers, lines, batch_size)
     elif chat:
         _converse(answers)
     else:
@@ -172,9 +178,11 @@ def _answer_prompt(answers: _Answers, prompt: str, names: list[str]) -> None:
 
 
 def _converse(answers: _Answers) -> None:
-    """Turns until the end of standard input; an empty line is no turn."""
+    """Turns until the end of standard input; an empty line is no turn, and one without an answer is forgotten."""
     from qhybrid.serving.generate import answer_all
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     messages: list[dict[str, str]] = []
     while True:
         click.echo("> ", nl=False, err=True)
@@ -190,31 +198,39 @@ def _converse(answers: _Answers) -> None:
             pieces.append(text)
             click.echo(text, nl=False)
 
-        completion = answers.completion(answers.first, messages)
-        answer_all(answers.engine, [completion], 1, tell)
+        try:
+            completion = answers.completion(answers.first, messages)
+            answer_all(answers.engine, [completion], 1, tell)
+        except QhybridError as error:
+            click.echo("\n" if pieces else "", nl=False)
+            click.echo(f"error: {error}", err=True)
+            messages.pop()
+            continue
         click.echo()
         _note_cut_off([completion])
         messages.append({"role": "assistant", "content": "".join(pieces) or "…"})  # templates want some words
 
 
-def _answer_file(answers: _Answers, lines: list[dict[str, Any]], batch_size: int, file: str) -> None:
+def _answer_file(answers: _Answers, lines: dict[str, dict[str, Any]], batch_size: int) -> None:
     """A line of JSON for each line of the file, in its order, as soon as it and those before it are finished."""
     from qhybrid.serving.generate import answer_all
 
     completions = []
-    for number, line in enumerate(lines, 1):
+    for where, line in lines.items():
         served = answers.engine.models.get(line.get("adapter", answers.first.name))
         if served is None:
             known = ", ".join(answers.engine.models)
-            raise DataError(
-                f"there is no adapter {str(line['adapter'])[:80]!r}; there are {known}", where=f"{file}:{number}"
-            )
+            raise DataError(f"there is no adapter {line['adapter'][:80]!r}; there are {known}", where=where)
         try:
-            completions.append(answers.completion(served, line.get("messages") or line["prompt"]))
+            completions.append(
+                answers.completion(
+                    served, line["prompt"] if isinstance(line.get("prompt"), str) else line["messages"]
+                )
+            )
         except DataError as error:
-            raise DataError(error.message, hint=error.hint, where=f"{file}:{number}") from None
+            raise DataError(error.message, hint=error.hint, where=where) from None
     texts = dict.fromkeys(completions, "")
-    left = list(zip(completions, lines, strict=True))
+    left = list(zip(completions, lines.values(), strict=True))
     finished: set[Completion] = set()
 
     def tell(row: Completion, text: str) -> None:
@@ -238,28 +254,36 @@ def _note_cut_off(completions: list[Completion]) -> None:
         click.echo(f"note: {which} cut off (--max-new-tokens)", err=True)
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a file of prompts.
+def _read_lines(file: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a file of prompts by their places ("prompts.jsonl:3"), without the blank ones.
 
     Raises:
         DataError: it cannot be read, or a line is not of the form that it must have.
     """
     try:
-        written = file.read_text(encoding="utf-8").splitlines()
+        written = file.read_text(encoding="utf-8").split("\n")  # other ends of lines may stand in JSON's texts
     except (OSError, ValueError) as error:
         raise DataError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(file)) from None
-    lines = []
-    for number, text in enumerate(written, 1):
-        where = f"{file}:{number}"
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            raise DataError("invalid JSON", where=where) from None
-        if not isinstance(line, dict) or (
-            isinstance(line.get("prompt"), str) == isinstance(line.get("messages"), list)
-        ):
-            raise DataError('it must have a "prompt" (text) or "messages" (a list)', where=where)
-        lines.append(line)
+    lines = {f"{file}:{number}": text for number, text in enumerate(written, 1) if text.strip()}
     if not lines:
         raise DataError("it holds no prompts", where=str(file))
-    return lines
+    return {where: _read_line(text, where) for where, text in lines.items()}
+
+
+def _read_line(text: str, where: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+        json.dumps(line, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            "it has half of a surrogate pair (\\ud800 to \\udfff), which is no text", where=where
+        ) from None
+    except (ValueError, RecursionError):
+        raise DataError("invalid JSON", where=where) from None
+    if not isinstance(line, dict) or isinstance(line.get("prompt"), str) == isinstance(line.get("messages"), list):
+        raise DataError('it must have a "prompt" (text) or "messages" (a list)', where=where)
+    if line.get("messages") == []:
+        raise DataError("there are no messages", where=where)
+    if not isinstance(line.get("adapter", ""), str):
+        raise DataError('"adapter" must be the name of one', where=where)
+    return line

@@ -51,6 +51,11 @@ def base_options(function: F) -> F:
                 type=click.IntRange(2),
                 help="The most tokens of a prompt and its answer; the model's own limit, but at most 4096.",
             ),
+            click.option(
+                "--other-base",
+                is_flag=True,
+                help="Take the base as it is, though its hashes are not the adapters'.",
+            ),
         )
     ):
         function = option(function)
@@ -93,6 +98,7 @@ def command(
     max_queue: int,
     max_tokens: int,
     max_context: int | None,
+    other_base: bool,
     timeout: float,
 ) -> None:
     """Serve ADAPTERs of one base model, each under its name, and the base model under its own.
@@ -106,8 +112,12 @@ def command(
     if not named and not base:
         raise ServingError("nothing to serve", hint="name an adapter (qhybrid serve runs/demo), or --base MODEL")
     key = os.environ.get(_KEY)
-    if key is not None and (not key.strip() or not key.isascii()):
-        raise ServingError(f"{_KEY} is {'not ASCII' if key.strip() else 'empty'}", hint="set a key, or unset it")
+    if key is not None:
+        key = key.strip()  # of a file it has the line's end, which no header can hold
+        if not key or not key.isascii() or not key.isprintable():
+            raise ServingError(
+                f"{_KEY} is {'not one line of ASCII' if key else 'empty'}", hint="set a key, or unset it"
+            )
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
@@ -128,7 +138,7 @@ def command(
 
         console = Console(stderr=True)
         with console.status("loading"):
-            choice = BaseChoice(base, quantization, dtype, attn_implementation, max_context)
+            choice = BaseChoice(base, quantization, dtype, attn_implementation, max_context, other_base)
             engine = load_engine(named, choice)
         for note in engine.notes:
             console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)

@@ -6,21 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from qhybrid.adapters.folder import read_plain, save_int8
 from qhybrid.adapters.int8 import WEIGHTS as INT8_WEIGHTS
 from qhybrid.adapters.plain import PlainModule
-from qhybrid.adapters.spectrum import factor
+from qhybrid.adapters.spectrum import difference, factor_module
 from qhybrid.architecture.spec import read_config
-from qhybrid.export.card import Artefact, public_name
+from qhybrid.export.card import Artefact
 from qhybrid.export.finish import Exported, finish, told_approximation
 from qhybrid.export.folders import SERVE_SCRIPT, fold_scaling, require_lora, write_peft, write_vllm
 from qhybrid.export.gguf.adapter import write_gguf_adapter
 from qhybrid.export.job import Job, Say
-from qhybrid.export.loading_code import peft_code
-from qhybrid.export.output import new_folder
+from qhybrid.export.loading_code import peft_code, vllm_command
+from qhybrid.export.names import public_name
 from qhybrid.export.parity import require_parity
+from qhybrid.export.resumable import new_folder
 from qhybrid.units import format_bytes
 
 
@@ -36,15 +35,16 @@ def to_peft(job: Job, out: Path, say: Say) -> Exported:
         figures = _compare_folders(job, folders, say)
         names = [one.relative_to(folder).as_posix() for one in folders]
         kind = "A peft adapter." if len(names) == 1 else "Two peft adapters, to be active together."
+        told = _told(job, figures)
         finish(
             job,
             folder,
             "peft",
             figures,
-            Artefact(out.name, kind, "peft", (("python", peft_code(job.adapter.info, names)),)),
+            Artefact(out.name, kind, "peft", (("python", peft_code(job.adapter.info, names)),), found=told),
         )
     active = "" if len(names) == 1 else f"; load and activate both: {' and '.join(names)}"
-    return Exported(out, (f"peft loads it{active}", *_told(job, figures)), figures)
+    return Exported(out, (f"peft loads it{active}", *told), figures)
 
 
 def to_vllm(job: Job, out: Path, say: Say) -> Exported:
@@ -58,13 +58,14 @@ def to_vllm(job: Job, out: Path, say: Say) -> Exported:
         limit = write_vllm(job.adapter, folder, out.name, has_template=bool(job.tokenizer.chat_template))
         figures = {**_compare_folders(job, [folder], say), "max_lora_rank": limit}
         loading = (
-            ("bash", f"./{SERVE_SCRIPT}    # or ./{SERVE_SCRIPT} BASE, for another place of the base model"),
+            ("bash", vllm_command(job.adapter.info, SERVE_SCRIPT)),
             ("python", peft_code(job.adapter.info, ["."])),
         )
         kind = f"A LoRA adapter for vLLM, which needs `--max-lora-rank {limit}`, and for peft."
-        finish(job, folder, "vllm", figures, Artefact(out.name, kind, "peft", loading))
+        told = _told(job, figures)
+        finish(job, folder, "vllm", figures, Artefact(out.name, kind, "peft", loading, found=told))
     command = f"{out / SERVE_SCRIPT} serves it: vllm serve … --enable-lora --max-lora-rank {limit}"
-    return Exported(out, (command, *_told(job, figures)), figures)
+    return Exported(out, (command, *told), figures)
 
 
 def to_int8(job: Job, out: Path, say: Say) -> Exported:
@@ -86,16 +87,16 @@ def to_int8(job: Job, out: Path, say: Say) -> Exported:
             "bytes": (folder / INT8_WEIGHTS).stat().st_size,
             "bytes_before": job.adapter.num_bytes,
         }
+        before, after = figures["bytes_before"], figures["bytes"]
+        told = (
+            f"{format_bytes(before)} became {format_bytes(after)} ({after / before:.0%})",
+            f"ΔW differs by {figures['mean_error']:.2%} of a module's norm on average, {max(errors):.2%} at most",
+            f"logits differ by at most {figures['logits_difference']:.1e} of the largest",
+        )
         code = f"qhybrid generate 'Hello' --adapter {out.name} --base {public_name(job.adapter.info.base_model)}"
-        artefact = Artefact(out.name, "An adapter of qhybrid in INT8.", "qhybrid", (("bash", code),))
-        finish(job, folder, "int8", figures, artefact)
-    before, after = figures["bytes_before"], figures["bytes"]
-    lines = (
-        f"{format_bytes(before)} became {format_bytes(after)} ({after / before:.0%})",
-        f"ΔW differs by {figures['mean_error']:.2%} of a module's norm on average, {max(errors):.2%} at most",
-        f"logits differ by at most {figures['logits_difference']:.1e} of the largest",
-    )
-    return Exported(out, lines, figures)
+        kind = "An adapter of qhybrid in INT8."
+        finish(job, folder, "int8", figures, Artefact(out.name, kind, "qhybrid", (("bash", code),), found=told))
+    return Exported(out, told, figures)
 
 
 def to_gguf(job: Job, out: Path, dtype: Literal["f32", "f16"], say: Say) -> Exported:
@@ -113,18 +114,23 @@ def to_gguf(job: Job, out: Path, dtype: Literal["f32", "f16"], say: Say) -> Expo
         figures = {"bytes": file.stat().st_size, **_approximation(job)}
         code = f"llama-server -m BASE.gguf --lora {file.name}"
         kind = "A LoRA adapter for llama.cpp, beside the base model's GGUF file."
-        finish(job, folder, "gguf", figures, Artefact(out.name, kind, "gguf", (("bash", code),)))
+        found = told_approximation(job)
+        finish(job, folder, "gguf", figures, Artefact(out.name, kind, "gguf", (("bash", code),), found=found))
     return Exported(out, (f"{file.name}: {format_bytes(figures['bytes'])}", *told_approximation(job)), figures)
+
+
+def _relative_error(one: PlainModule, other: PlainModule) -> float:
+    norm = factor_module(one).norm
+    return difference(one, other) / norm if norm else 0.0
 
 
 def _compare_folders(job: Job, folders: Sequence[Path], say: Say) -> dict[str, Any]:
     """The difference of logits when peft loads `folders`; it must be none, unless DoRA was approximated."""
     say("comparing logits")
-    difference = job.parity().difference_of_folders(folders)
+    found = job.parity().difference_of_folders(folders)
     if not job.approximated:
-        require_parity(difference, "what peft loads")
-        return {"logits_difference": difference}
-    return {"logits_difference": difference, **_approximation(job)}
+        require_parity(found, "what peft loads")
+    return {"logits_difference": found, **_approximation(job)}
 
 
 def _approximation(job: Job) -> dict[str, Any]:
@@ -135,10 +141,3 @@ def _approximation(job: Job) -> dict[str, Any]:
 def _told(job: Job, figures: dict[str, Any]) -> tuple[str, ...]:
     told = f"logits differ from the source's by {figures['logits_difference']:.1e} of the largest, in fp32"
     return (*told_approximation(job), told if job.approximated else f"{told} (the mark is 1e-5)")
-
-
-def _relative_error(one: PlainModule, other: PlainModule) -> float:
-    """||s·B·A − s'·B'·A'|| / ||s·B·A||, as the norm of [sB, −s'B']·[A; A']."""
-    b = torch.cat([one.scaling * one.b.double(), -other.scaling * other.b.double()], dim=1)
-    norm = factor(one.b, one.a, one.scaling).norm
-    return factor(b, torch.cat([one.a.double(), other.a.double()]), 1.0).norm / norm if norm else 0.0

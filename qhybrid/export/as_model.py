@@ -21,9 +21,9 @@ from qhybrid.export.job import Job, Say
 from qhybrid.export.loading_code import model_code
 from qhybrid.export.merged.bake import Baked, bake
 from qhybrid.export.merged.rows import Onto
-from qhybrid.export.output import new_folder
 from qhybrid.export.probe import MeasuredRows, measured_rows
 from qhybrid.export.proof import Proof, prove
+from qhybrid.export.resumable import new_folder
 from qhybrid.recipe.schema import SourceSection
 from qhybrid.units import format_bytes, format_duration
 
@@ -78,9 +78,14 @@ def to_merged_gguf(job: Job, out: Path, onto: Onto, dtype: GgufDtype, wanted: Pr
     require_known_to_llama_cpp(read_config(job.base / "config.json"), job.tokenizer, job.base)
     rows = _rows(job, wanted)
     with new_folder(out) as folder:
-        with _baked(job, folder / "model", onto, say) as baked:
-            proof = _prove(job, baked.folder, onto, rows, wanted, say)
         merged = folder / "model"
+        try:
+            with _baked(job, merged, onto, say) as baked:
+                proof = _prove(job, baked.folder, onto, rows, wanted, say)
+        except ExportError as error:
+            if isinstance(error.__cause__, OSError):  # its hint is to go on, but this folder goes as a whole
+                raise ExportError(error.message) from error
+            raise
         file = folder / f"{out.name}-{dtype.upper()}.gguf"
         notes = write_gguf_model(merged, file, dtype=dtype, name=out.name, progress=_bytes_told(say, "tensors"))
         _write_modelfile(job, merged, file.name, folder)
@@ -179,16 +184,13 @@ def _told(baked: Baked) -> str:
 def _told_proof(proof: Proof | None) -> tuple[str, ...]:
     if proof is None:
         return ("not proven: nothing was measured",)
-    rows = proof.table()
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return (f"proof on {proof.rows} rows ({proof.data}), {proof.tokens} tokens; * is what was written", *lines)
+    rows, tokens = proof.rows, proof.tokens
+    faithful = f"* has the top token of the same weights with the adapter beside them at {proof.faithful:.1%}"
+    return (
+        f"proof on {rows} rows ({proof.data}), {tokens} tokens; * is what was written",
+        *proof.lines(),
+        faithful,
+    )
 
 
 def _write_modelfile(job: Job, merged: Path, file: str, folder: Path) -> None:

@@ -6,7 +6,6 @@ Nothing of this machine is in it: paths are cut to their last part, secrets and 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 import yaml
 
 from qhybrid.adapters.plain import PlainAdapter
-from qhybrid.base.locate import PACKAGE_PREFIX
 from qhybrid.errors import QhybridError
+from qhybrid.export.names import is_hub_id, public_name
 from qhybrid.export.proof import Proof
 from qhybrid.recipe.load import load_recipe
 from qhybrid.redaction import redacted, redacted_values
@@ -25,7 +24,6 @@ from qhybrid.training.summary import summary_rows
 from qhybrid.units import format_count
 
 CARD = "README.md"
-_HUB_ID = re.compile(r"[\w\-][\w.\-]*/[\w.\-]+")
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class Artefact:
         library: "peft", "transformers" or "llama.cpp", as the hub calls them.
         loading: the code or commands that load it, with their language, for the card.
         notes: what else is to be known, a sentence each.
+        found: what was measured when it was held against the source, a line each.
     """
 
     name: str
@@ -44,22 +43,11 @@ class Artefact:
     library: str
     loading: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
+    found: tuple[str, ...] = ()
     proof: Proof | None = None
     errors: tuple[tuple[str, ...], ...] = field(
         default=()
     )  # a header and rows, for conversions that are not exact
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether it has the form of a model's name on the hub."""
-    return _HUB_ID.fullmatch(name) is not None and not name.startswith(PACKAGE_PREFIX)
-
-
-def public_name(model: str) -> str:
-    """A base model's name for others: a hub id or a package's file as it is, of a path the last part."""
-    if model.startswith(PACKAGE_PREFIX) or (_HUB_ID.fullmatch(model) and not Path(model).exists()):
-        return model
-    return re.split(r"[\\/]", model.rstrip("\\/"))[-1] or "the base model"
 
 
 def write_card(artefact: Artefact, adapter: PlainAdapter, folder: Path) -> None:
@@ -85,13 +73,16 @@ def _card(artefact: Artefact, adapter: PlainAdapter) -> str:
         "## How to load it",
         *(f"```{language}\n{code.rstrip()}\n```" for language, code in artefact.loading),
     ]
-    if artefact.proof is not None:
+    if artefact.proof is None:
+        parts += ["## Proof", *(artefact.found or ("Nothing was measured.",))]
+    else:
         proof = artefact.proof
         parts += [
             "## Proof",
             f"Measured on {proof.rows} rows ({proof.data}), {proof.tokens} tokens. KL is KL(trained model‖form), "
             "in nats a token; * is what lies here.",
             _markdown(proof.table()),
+            f"* has the top token of the same weights with the adapter beside them at {proof.faithful:.1%}.",
         ]
     if artefact.errors:
         parts += ["## What the conversion changed", _markdown(artefact.errors)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qhybrid.adapters.plain import PlainAdapter, PlainModule
 from qhybrid.errors import AdapterError
-from qhybrid.export.low_rank import approximate, frobenius
+from qhybrid.export.low_rank import approximate
 
 WeightOf = Callable[[str], Tensor]  # a module's weight (out, in), by the module's name
 _SMALLEST_NORM = 1e-12  # as in adapters/dora.py: rows of zeros have no direction
@@ -23,12 +23,10 @@ class Approximated:
 
     Attributes:
         error: ||ΔW − B·A|| / ||ΔW||, with the Frobenius norm.
-        effect: ||ΔW|| / ||W||.
     """
 
     module: PlainModule
     error: float
-    effect: float
 
 
 def pissa_to_lora(adapter: PlainAdapter, weight_of: WeightOf) -> PlainAdapter:
@@ -36,10 +34,10 @@ def pissa_to_lora(adapter: PlainAdapter, weight_of: WeightOf) -> PlainAdapter:
 
     PiSSA (Meng et al., arXiv 2404.02948, eq. 2 to 4) trains A and B on W − s·B0·A0, where B0 and A0 are the
     principal part of W. So ΔW = s·B·A − s·B0·A0, that is A' = [A; A0] and B' = [B, −B0]. peft saves neither the
-    residual nor B0 and A0: they are computed again.
+    residual nor B0 and A0: they are computed again. Magnitudes of DoRA stay: what they scale is the same sum.
 
     Args:
-        weight_of: the weights that peft initialised from, in at least 16 bits.
+        weight_of: the weights that peft initialised from, in the dtype of the training.
 
     Raises:
         AdapterError: the principal part was found by a random method.
@@ -63,6 +61,7 @@ def pissa_to_lora(adapter: PlainAdapter, weight_of: WeightOf) -> PlainAdapter:
                 torch.cat([module.a.double(), a0]).float(),
                 torch.cat([module.b.double(), -b0], dim=1).float(),
                 module.scaling,
+                module.magnitude,
             )
         )
     return dataclasses.replace(adapter, modules=tuple(modules), base_minus=None)
@@ -89,6 +88,6 @@ def dora_to_lora(
         delta = (module.magnitude.float() / norm)[:, None] * inner - weight
         found = approximate(delta, rank=rank)
         short = PlainModule(module.module, found.a, found.b, 1.0)
-        approximated.append(Approximated(short, found.error, found.norm / frobenius(weight)))
+        approximated.append(Approximated(short, found.error))
         modules.append(short)
     return dataclasses.replace(adapter, modules=tuple(modules)), tuple(approximated)

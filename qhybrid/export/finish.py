@@ -12,9 +12,10 @@ from typing import Any
 from qhybrid import __version__
 from qhybrid.base.tokenizer import save_tokenizer
 from qhybrid.disk import write_bytes
-from qhybrid.export.card import Artefact, public_name, write_card
+from qhybrid.export.card import Artefact, write_card
 from qhybrid.export.job import Job
-from qhybrid.export.resumable import sha256_of
+from qhybrid.export.names import public_name
+from qhybrid.export.resumable import FINISHED, sha256_of
 from qhybrid.redaction import redacted_values
 
 RECORD = "export.json"
@@ -46,7 +47,7 @@ def finish(
         OSError: the disk is full or fails.
     """
     known = hashes or {}
-    if target != "gguf":  # whose file holds it
+    if target not in ("gguf", "merged"):  # the one holds it in its file, the other has it already
         save_tokenizer(job.tokenizer, folder)
     if job.approximated:
         rows = [("module", "rank", "error of ΔW")]
@@ -54,6 +55,8 @@ def finish(
         artefact = dataclasses.replace(artefact, errors=tuple(rows))
     write_card(artefact, job.adapter, folder)
     files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    if FINISHED in files:  # it goes when the folder is whole
+        files.remove(FINISHED)
     record = {
         "target": target,
         "base_model": public_name(job.adapter.info.base_model),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from qhybrid.adapters.peft_folder import write_peft_folder
 from qhybrid.adapters.plain import PlainAdapter, PlainModule, require_untouched_base
 from qhybrid.disk import write_bytes
 from qhybrid.errors import AdapterError
-from qhybrid.redaction import redacted
+from qhybrid.export.names import is_hub_id, public_name
 
 # What `vllm serve --max-lora-rank` takes (vllm/config/lora.py).
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -35,7 +34,7 @@ def write_peft(adapter: PlainAdapter, folder: Path) -> tuple[Path, ...]:
     given = {name: modules for name, modules in parts.items() if modules}
     folders = {name: folder if len(given) == 1 else folder / name for name in given}
     for name, modules in given.items():
-        write_peft_folder(modules, redacted(adapter.info.base_model), folders[name])
+        write_peft_folder(modules, public_name(adapter.info.base_model), folders[name])
     return tuple(folders.values())
 
 
@@ -66,7 +65,7 @@ def write_vllm(adapter: PlainAdapter, folder: Path, name: str, *, has_template: 
             f"the largest rank is {rank}, and vLLM takes at most {_VLLM_RANKS[-1]}",
             hint="qhybrid compress lowers it, or merge it into the model (--to merged)",
         )
-    write_peft_folder(modules, redacted(adapter.info.base_model), folder)
+    write_peft_folder(modules, public_name(adapter.info.base_model), folder)
     write_bytes(folder / SERVE_SCRIPT, _serve_script(adapter, name, limit, has_template).encode())
     (folder / SERVE_SCRIPT).chmod(0o755)
     return limit
@@ -99,11 +98,16 @@ def _narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _serve_script(adapter: PlainAdapter, name: str, limit: int, has_template: bool) -> str:
-    base = adapter.info.base_model
-    if re.fullmatch(r"[\w\-][\w.\-]*/[\w.\-]+", base):  # a hub id
+    base = public_name(adapter.info.base_model)
+    if is_hub_id(base):
         choose = f'base="${{1:-{base}}}"'
     else:
-        choose = 'base="${1:?usage: serve.sh BASE, the folder or hub id of the base model}"'
+        choose = f"""\
+if [ $# -eq 0 ]; then
+  echo "usage: serve.sh BASE: the folder or hub id of the base model, which was {base}" >&2
+  exit 2
+fi
+base="$1\""""
     trained = ""
     if adapter.info.quantization == "nf4":
         trained = "# Trained on the base in 4-bit NF4: adding --quantization bitsandbytes serves it on that.\n"

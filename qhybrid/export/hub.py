@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, errors
 
 from qhybrid.errors import ExportError
-
-_REPOSITORY = re.compile(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*", re.ASCII)
+from qhybrid.export.names import is_hub_id
 
 
 def require_repository(name: str) -> None:
@@ -18,7 +16,7 @@ def require_repository(name: str) -> None:
     Raises:
         ExportError: with the form.
     """
-    if not _REPOSITORY.fullmatch(name):
+    if not is_hub_id(name):
         raise ExportError(f"--push {name!r} is not of the form ORG/NAME")
 
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qhybrid.adapters.bases import require_own_base
 from qhybrid.adapters.folder import read_plain
 from qhybrid.adapters.info import INFO
 from qhybrid.adapters.plain import PlainAdapter
 from qhybrid.base.locate import model_folder
 from qhybrid.errors import AdapterError, ExportError
 from qhybrid.evaluation.models import sections_of, tokenizer_of
-from qhybrid.export.base_check import require_own_base
 from qhybrid.export.convert import Approximated, dora_to_lora, pissa_to_lora
-from qhybrid.export.parity import ParityCheck
+from qhybrid.export.parity import ParityCheck, require_parity
 from qhybrid.export.probe import probe_rows
 from qhybrid.export.weights import BaseWeights
 from qhybrid.recipe.schema import Dtype, Method, ModelSection, QuantizationSection
@@ -82,6 +82,7 @@ def prepare(source: Source, say: Say) -> Job:
     Raises:
         AdapterError: the adapter cannot be read, is not finite, or belongs to another base.
         ModelError: the base cannot be found or read.
+        ProofError: PiSSA, as LoRA, computes something else.
     """
     read = read_plain(source.folder)
     told = {name: value for name in ("quantization", "dtype") if (value := getattr(source, name)) is not None}
@@ -103,11 +104,11 @@ def prepare(source: Source, say: Say) -> Job:
     is_known = False
     if not source.other_base:
         say("checking the base model")
-        is_known = require_own_base(read.info, base)
+        is_known = require_own_base([read], base)
     trained, approximated = read, ()
     if read.base_minus is not None:
         say("computing PiSSA's principal parts")
-        with BaseWeights(base, torch.float32, quantization) as weight_of:
+        with BaseWeights(base, getattr(torch, section.dtype), quantization) as weight_of:
             trained = pissa_to_lora(read, weight_of)
     adapter = trained
     if source.dora_to_lora is not None:
@@ -116,4 +117,8 @@ def prepare(source: Source, say: Say) -> Job:
         say("approximating DoRA")
         with BaseWeights(base, getattr(torch, section.dtype), quantization) as weight_of:
             adapter, approximated = dora_to_lora(trained, weight_of, source.dora_to_lora)
-    return Job(trained, adapter, approximated, section, quantization, base, is_known, tokenizer)
+    job = Job(trained, adapter, approximated, section, quantization, base, is_known, tokenizer)
+    if read.base_minus is not None:
+        say("comparing logits")
+        require_parity(job.parity().difference_of_modules(trained.modules), "LoRA on the untouched base")
+    return job

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qhybrid.adapters.info import AdapterInfo
-from qhybrid.export.card import is_hub_id, public_name
+from qhybrid.export.names import is_hub_id, public_name
 
 
 def peft_code(info: AdapterInfo, folders: Sequence[str]) -> str:
@@ -53,4 +53,14 @@ def model_code(dtype: str) -> str:
 
 def _base(info: AdapterInfo) -> str:
     name = public_name(info.base_model)
-    return f'base = "{name}"' if is_hub_id(name) else f"base = ...  # the folder of {name}"
+    if is_hub_id(name):
+        return f'base = "{name}"'
+    converted = " (qhybrid keeps it converted in ~/.cache/qhybrid/gguf)" if name.endswith(".gguf") else ""
+    return f'base = "BASE"  # the folder of {name}{converted}'
+
+
+def vllm_command(info: AdapterInfo, script: str) -> str:
+    """How the script that serves a vLLM folder is called."""
+    if is_hub_id(public_name(info.base_model)):
+        return f"./{script}    # or ./{script} BASE, for another place of the base model"
+    return f"./{script} BASE    # BASE is the folder or the hub id of the base model"

@@ -1,14 +1,13 @@
-"""Where a result goes: a new place with a harmless name, taken only when the result is whole."""
+"""Where a result may go: a new place with a harmless name."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-from qhybrid.disk import whole_folder
 from qhybrid.errors import ExportError
+
+_LONGEST = 200  # file systems take 255, and some files get longer names
 
 
 def require_free(out: Path) -> None:
@@ -18,6 +17,8 @@ def require_free(out: Path) -> None:
         ExportError: with what is wrong with it.
     """
     name = out.name
+    if len(os.fsencode(name)) > _LONGEST:
+        raise ExportError(f"the name {name[:20]}… is longer than {_LONGEST} bytes", hint="choose a shorter one")
     if name in ("", "..") or name.startswith((".", "-")) or not name.isprintable() or "\\" in name:
         raise ExportError(
             f"{str(out)!r} is not a usable name for a result",
@@ -29,18 +30,7 @@ def require_free(out: Path) -> None:
         parent = next(folder for folder in out.absolute().parents if folder.exists())
         if not parent.is_dir():
             raise ExportError(f"{out} cannot be made: {parent} is a file", hint="choose another place")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise ExportError(f"{out} cannot be made: {parent} cannot be written", hint="choose another place")
     except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be entered
         raise ExportError(f"{str(out)!r} cannot be made: {error}", hint="choose another place") from None
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `out` when the block ends normally; else nothing is left of it.
-
-    Raises:
-        ExportError: as `require_free`.
-        OSError: the disk is full or fails.
-    """
-    require_free(out)
-    with whole_folder(out) as folder:
-        yield folder

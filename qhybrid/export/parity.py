@@ -39,6 +39,7 @@ class ParityCheck:
             ids: token ids (tokens,) of some texts.
         """
         self._source = source
+        self._trained_section = section
         self._section = section.model_copy(update={"dtype": "float32", "adapter_dtype": "float32"})
         self._quantization = quantization
         self._ids = ids
@@ -57,12 +58,15 @@ class ParityCheck:
         del model
         if self._before is None:
             self._before = _logits(self._load_source(), self._ids)
-        largest = max(float(logits.abs().max()) for logits in self._before)
-        pairs = zip(self._before, after, strict=True)
-        return max(float((one - other).abs().max()) for one, other in pairs) / largest
+        before, after = torch.cat(self._before), torch.cat(after)
+        return float((before - after).abs().max() / before.abs().max())  # NaN where one of them has one
 
     def _base(self) -> PreTrainedModel:
-        base = load_base(self._section, self._quantization)
+        if self._quantization.method == "none":  # in the training's weights, then widened: PiSSA splits those
+            base = load_base(self._trained_section, self._quantization).float()
+            base.config.dtype = torch.float32
+        else:
+            base = load_base(self._section, self._quantization)
         keep_exact_on_cpu(base)
         return base
 

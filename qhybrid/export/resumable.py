@@ -22,7 +22,7 @@ from qhybrid.errors import ExportError, QhybridError
 from qhybrid.export.output import require_free
 from qhybrid.units import format_bytes
 
-_RECORD = "finished.json"
+FINISHED = "finished.json"
 
 
 def partial_of(folder: Path) -> Path:
@@ -41,7 +41,7 @@ class PartialFolder:
     def __init__(self, folder: Path, job: str) -> None:
         self.folder = folder
         self._job = job
-        self.finished = _read(folder / _RECORD, job)
+        self.finished = _read(folder / FINISHED, job)
         self.remove_unfinished()
 
     def remove_unfinished(self) -> None:
@@ -51,7 +51,7 @@ class PartialFolder:
 
     def others(self) -> list[Path]:
         """What is there beside the finished files and their record."""
-        kept = (*self.finished, _RECORD) if self.finished else ()
+        kept = (*self.finished, FINISHED) if self.finished else ()
         return [item for item in self.folder.iterdir() if item.name not in kept]
 
     def is_finished(self, name: str) -> bool:
@@ -74,7 +74,7 @@ class PartialFolder:
         """
         files = {**self.finished, name: facts}
         record = {"job": self._job, "files": files}
-        write_atomically(self.folder / _RECORD, json.dumps(record, indent=1) + "\n")
+        write_atomically(self.folder / FINISHED, json.dumps(record, indent=1) + "\n")
         self.finished = files
 
     def require_space(self, num_bytes: int) -> None:
@@ -124,6 +124,17 @@ def resumable_folder(folder: Path, job: str) -> Iterator[PartialFolder]:
 
 
 @contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` when the block ends normally; else nothing is left of it.
+
+    Raises:
+        ExportError: as `resumable_folder`.
+    """
+    with resumable_folder(folder, "nothing to go on from") as partial:
+        yield partial.folder
+
+
+@contextlib.contextmanager
 def _kept_if_worthwhile(partial: PartialFolder) -> Iterator[None]:
     try:
         yield
@@ -140,7 +151,7 @@ def _complete(staging: Path, folder: Path) -> None:
     for item in [*staging.rglob("*"), staging]:
         (sync_folder if item.is_dir() else sync_file)(item)
     staging.rename(folder)
-    (folder / _RECORD).unlink(missing_ok=True)
+    (folder / FINISHED).unlink(missing_ok=True)
     sync_folder(folder.parent)
 
 

@@ -19,6 +19,7 @@ import torch
 from qhybrid.redaction import redacted_traceback
 from qhybrid.serving.decode import Completion
 from qhybrid.serving.engine import Engine
+from qhybrid.serving.memory import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +28,10 @@ Fault = Literal["memory", "values", "internal"]
 
 class QueueFullError(Exception):
     """So much waits that no more is taken."""
+
+
+class DeadError(Exception):
+    """The decoding thread has ended by a fault: nothing will be answered any more."""
 
 
 class ClosingError(Exception):
@@ -73,7 +78,7 @@ class Batcher:
         self._waiting: deque[Job] = deque()
         self._running: dict[Completion, Job] = {}
         self._batch = engine.new_batch()
-        self._closing = False
+        self._closing = self._dead = False
         self._condition = Condition()
         self._thread = Thread(target=self._work, name="qhybrid-decode", daemon=True)
 
@@ -85,9 +90,11 @@ class Batcher:
         """Take jobs, all or none.
 
         Raises:
-            QueueFullError, ClosingError: none was taken.
+            QueueFullError, ClosingError, DeadError: none was taken.
         """
         with self._condition:
+            if self._dead:
+                raise DeadError
             if self._closing:
                 raise ClosingError
             if len(self._waiting) + len(jobs) > self.max_queue:
@@ -108,18 +115,32 @@ class Batcher:
         return len(self._waiting), len(self._running)
 
     @property
-    def is_alive(self) -> bool:
-        """Whether jobs will be worked on."""
-        return self._thread.is_alive() and not self._closing
+    def state(self) -> Literal["ok", "closing", "failed"]:
+        """Whether jobs are taken, or why not: the batcher is being closed, or its thread has ended by a fault."""
+        if self._dead:
+            return "failed"
+        return "ok" if self._thread.is_alive() and not self._closing else "closing"
 
     def _work(self) -> None:
+        try:
+            self._decode()
+        except BaseException as error:
+            _log.critical("the decoding thread has ended; restart the server\n%s", redacted_traceback(error))
+            with self._condition:
+                self._dead = True
+                jobs = [*self._running.values(), *self._waiting]
+                self._running, self._waiting = {}, deque()
+            for job in jobs:
+                job.tell(Update(fault="internal"))
+
+    def _decode(self) -> None:
         with self._engine.inference():
             while self._has_work():
                 error: BaseException | None = None
                 try:
                     self._round()
                 except Exception as caught:
-                    error = caught.with_traceback(None) if _is_out_of_memory(caught) else caught
+                    error = caught.with_traceback(None) if is_out_of_memory(caught) else caught
                 if error is not None:  # outside of the handler, so that what it holds of the batch is let go
                     self._recover(error)
 
@@ -178,11 +199,11 @@ class Batcher:
         """After a failed round: out of memory, try again with half of the rows; else say so to all of them."""
         self._tell()  # some may have got their last token
         jobs = sorted(self._running.values(), key=lambda job: job.arrived)
-        self._running = {}
         self._batch = self._engine.new_batch()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        out_of_memory = _is_out_of_memory(error)
+        self._running = {}  # not before: if the GPU is lost, they are told by `_work`
+        out_of_memory = is_out_of_memory(error)
         if out_of_memory and len(jobs) > 1:
             self._most_rows = max(1, len(jobs) // 2)
             _log.warning("out of memory with %d rows; going on with %d", len(jobs), self._most_rows)
@@ -193,8 +214,3 @@ class Batcher:
             _log.error("a batch failed\n%s", redacted_traceback(error))
         for job in jobs:
             job.tell(Update(fault="memory" if out_of_memory else "internal"))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, torch on the CPU or torch on the GPU could not get memory."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -71,7 +71,7 @@ class ServedModel:
             max_tokens or room,
             self.ends,
             TextStream(self.prompter.tokenizer, stop),
-            Sampler(sampling, self.device) if sampling.temperature else None,
+            Sampler(sampling, self.device) if not sampling.is_greedy else None,
         )
 
 

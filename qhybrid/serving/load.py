@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,15 +12,14 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from qhybrid.adapters.attach import attach_plain
+from qhybrid.adapters.bases import require_one_base, require_own_base
 from qhybrid.adapters.folder import read_plain
-from qhybrid.adapters.info import AdapterInfo
 from qhybrid.adapters.plain import PlainAdapter, require_untouched_base
 from qhybrid.architecture.layout import first_fault
-from qhybrid.base.fingerprint import config_hash
 from qhybrid.base.load import keep_exact_on_cpu, load_base
 from qhybrid.base.locate import model_folder
 from qhybrid.base.tokenizer import load_tokenizer
-from qhybrid.errors import AdapterError, ModelError, ServingError
+from qhybrid.errors import ModelError, ServingError
 from qhybrid.evaluation.models import sections_of, tokenizer_of
 from qhybrid.recipe.schema import ModelSection, QuantizationSection
 from qhybrid.serving.engine import BASE, Engine, ServedModel
@@ -38,6 +36,7 @@ class BaseChoice:
     Attributes:
         path: where it lies.
         max_context: the most tokens of a prompt and its answer.
+        other_base: take the base as it is, though its hashes are not those that the adapters know.
     """
 
     path: str | None = None
@@ -45,6 +44,13 @@ class BaseChoice:
     dtype: str | None = None
     attn_implementation: str | None = None
     max_context: int | None = None
+    other_base: bool = False
+
+
+_SEVERAL_BASES = (
+    "serve each base model with a process of its own; if it is one model, --base says where it lies, and "
+    "--other-base takes it as it is"
+)
 
 
 def load_engine(adapters: Sequence[tuple[str, Path]], choice: BaseChoice) -> Engine:
@@ -57,14 +63,16 @@ def load_engine(adapters: Sequence[tuple[str, Path]], choice: BaseChoice) -> Eng
         adapters: names and folders. The first says how the base model is loaded, where `choice` does not.
 
     Raises:
-        AdapterError: an adapter that cannot be read, or belongs to another base model than the first.
+        AdapterError: an adapter that cannot be read, or belongs to another base model than the others or the one
+            at hand.
         ModelError: the base model cannot be loaded, or lacks modules of an adapter.
         ServingError: the names or the context do not fit the base model.
     """
     read = [(name, read_plain(folder)) for name, folder in adapters]
-    for name, plain in read:
+    for _, plain in read:
         require_untouched_base(plain)
-        _require_same_base(read[0], (name, plain), choice)
+    if not choice.other_base:
+        require_one_base([plain for _, plain in read], by_name=choice.path is None, hint=_SEVERAL_BASES)
     section, quantization = _sections(read, choice)
     name_of_base = base_name(section.path)
     for name, plain in read:
@@ -72,7 +80,8 @@ def load_engine(adapters: Sequence[tuple[str, Path]], choice: BaseChoice) -> Eng
             raise ServingError(
                 f"{name} is the name of the base model", hint=f"give the adapter another: NAME={plain.source}"
             )
-    _require_trained_on(read, model_folder(section))
+    if not choice.other_base:
+        require_own_base([plain for _, plain in read], model_folder(section))
     model: PreTrainedModel | PeftModel = load_base(section, quantization)
     keep_exact_on_cpu(model)
     max_context = _max_context(model, choice.max_context)
@@ -128,43 +137,6 @@ def _sections(
         )
     except ValidationError as error:  # a path with a null byte, say
         raise ModelError(f"the base model cannot be used: {first_fault(error)}") from None
-
-
-def _require_same_base(
-    first: tuple[str, PlainAdapter], other: tuple[str, PlainAdapter], choice: BaseChoice
-) -> None:
-    """Refuse an adapter of another base model: by the hashes of both where they have them, else by name."""
-    one, two = first[1].info, other[1].info
-    pairs: list[tuple[Any, Any]] = [(one.base_config_sha256, two.base_config_sha256)]
-    if one.base_sha256 and two.base_sha256 and one.base_sha256.keys() == two.base_sha256.keys():
-        pairs.append((one.base_sha256, two.base_sha256))
-    known = [pair for pair in pairs if None not in pair]
-    if not known and not choice.path:  # else the user says what the base model is
-        known = [(one.base_model, two.base_model)]
-    if any(left != right for left, right in known):
-        raise AdapterError(
-            f"{other[0]} belongs to another base model than {first[0]}: {_base_of(two)}, not {_base_of(one)}",
-            where=str(other[1].source),
-            hint="serve it with another process"
-            if None not in pairs[-1]
-            else "if they are the same model, --base says where it lies",
-        )
-
-
-def _base_of(info: AdapterInfo) -> str:
-    return info.base_model or "one that it does not name"
-
-
-def _require_trained_on(read: Sequence[tuple[str, PlainAdapter]], folder: Path) -> None:
-    """Refuse a base model with another configuration than the adapters were trained on."""
-    actual = config_hash(folder)
-    for name, plain in read:
-        if plain.info.base_config_sha256 not in (None, actual):
-            raise AdapterError(
-                f"{name} was trained on another model than {folder}: their configurations differ",
-                where=str(plain.source),
-                hint="--base names the model that it was trained on",
-            )
 
 
 def _max_context(model: PreTrainedModel, wanted: int | None) -> int:

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qhybrid.errors import DataError
 from qhybrid.serving.answers import FAULTS, Answers, ClientGoneError, EventStream, unless_gone
-from qhybrid.serving.batcher import Batcher, ClosingError, QueueFullError
+from qhybrid.serving.batcher import Batcher, ClosingError, DeadError, QueueFullError
 from qhybrid.serving.decode import Completion
 from qhybrid.serving.engine import Engine, ServedModel, TooLongError
 from qhybrid.serving.protocol import (
@@ -30,6 +30,8 @@ from qhybrid.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     OpenAIRequest,
+    PromptLimits,
+    R,
     model_entry,
     parse_request,
 )
@@ -139,9 +141,9 @@ class _Api:
 
     async def health(self, request: Request) -> Response:
         waiting, running = self._batcher.counts
-        alive = self._batcher.is_alive
-        content = {"status": "ok" if alive else "closing", "waiting": waiting, "running": running}
-        return JSONResponse(content, status_code=200 if alive else 503)
+        state = self._batcher.state
+        content = {"status": state, "waiting": waiting, "running": running}
+        return JSONResponse(content, status_code=200 if state == "ok" else 503)
 
     async def list_models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._entry(name) for name in self._engine.models]})
@@ -162,7 +164,7 @@ class _Api:
 
     async def chat(self, request: Request) -> Response:
         deadline = asyncio.get_running_loop().time() + self._limits.timeout_seconds
-        asked = parse_request(ChatRequest, await self._body(request))
+        asked = await self._parsed(ChatRequest, request)
         served = self._model(asked.model)
         with _as_api_error("messages"):
             ids = await run_in_threadpool(served.prompter.chat, asked.messages)
@@ -170,16 +172,20 @@ class _Api:
 
     async def complete(self, request: Request) -> Response:
         deadline = asyncio.get_running_loop().time() + self._limits.timeout_seconds
-        asked = parse_request(CompletionRequest, await self._body(request))
+        asked = await self._parsed(CompletionRequest, request)
         served = self._model(asked.model)
-        if not 0 < len(asked.prompts) <= self._batcher.max_queue:
-            raise ApiError(400, f"1 to {self._batcher.max_queue} prompts are taken at once", param="prompt")
         with _as_api_error("prompt"):
             prompts = [
                 await run_in_threadpool(served.prompter.text, prompt) if isinstance(prompt, str) else prompt
-                for prompt in asked.prompts
+                for prompt in asked.prompt
             ]
         return await self._answer(request, asked, served, prompts, deadline)
+
+    async def _parsed(self, kind: type[R], request: Request) -> R:
+        """The request, read in a thread: others go on while a large one is looked at."""
+        body = await self._body(request)
+        most = PromptLimits(prompts=self._batcher.max_queue, tokens=self._engine.max_context)
+        return await run_in_threadpool(parse_request, kind, body, most)
 
     async def _body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -203,7 +209,7 @@ class _Api:
             raise ApiError(400, f"max_tokens is {wanted}, and this server's most is {most}", param="max_tokens")
         if wanted is None:
             wanted = max(1, min(asked.default_tokens or most, most, self._engine.max_context - len(ids)))
-        return served.completion(ids, max_tokens=wanted, sampling=asked.sampling, stop=asked.stops)
+        return served.completion(ids, max_tokens=wanted, sampling=asked.sampling, stop=asked.stop)
 
     async def _answer(
         self,
@@ -224,6 +230,8 @@ class _Api:
             ) from None
         except ClosingError:
             raise ApiError(503, "the server is being stopped") from None
+        except DeadError:
+            raise ApiError(503, "the server can answer no more; it must be restarted", code="failed") from None
         shape = AnswerShape(asked, served.name)
         try:
             if asked.stream:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, ValidationInfo
 
 from qhybrid.serving.batcher import Update
 from qhybrid.serving.decode import Completion
 from qhybrid.serving.sampling import Sampling
 
 _MOST_STOPS, _LONGEST_STOP = 4, 256
+
+# Lists and objects in a request, at any depth. A million of them keep Python's garbage collector busy for seconds,
+# in which no other thread runs.
+_MOST_CONTAINERS = 100_000
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 # What would change the answer and is not done here, and the values with which it changes nothing. Other fields
 # that are not known (user, metadata, store, …) are ignored.
@@ -84,6 +91,65 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+@dataclass(frozen=True)
+class PromptLimits:
+    """How much a request may ask with, known before a token is made.
+
+    Attributes:
+        prompts: of a request for completions.
+        tokens: of a prompt; a conversation has no more messages than that.
+    """
+
+    prompts: int
+    tokens: int
+
+
+# Lists are looked at by hand, up to the first fault. pydantic would note a fault for every item, and for every
+# kind of list that it could have been: seconds for a few megabytes.
+
+
+def _stop(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    if (
+        not isinstance(stops, list)
+        or len(stops) > _MOST_STOPS
+        or not all(isinstance(stop, str) and len(stop) <= _LONGEST_STOP for stop in stops)
+    ):
+        limits = f"at most {_MOST_STOPS} strings of {_LONGEST_STOP} characters are taken"
+        raise ApiError(400, f"stop: {limits}", param="stop")
+    return [stop for stop in stops if stop]
+
+
+def _messages(value: Any, info: ValidationInfo) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise ApiError(400, "messages must be a list of at least one message", param="messages")
+    if len(value) > info.context.tokens:
+        raise _too_long("messages", f"{len(value)} messages are", info.context)
+    return value
+
+
+def _prompts(value: Any, info: ValidationInfo) -> list[str | list[int]]:
+    is_one = not isinstance(value, list) or (value and type(value[0]) is int)
+    prompts = [value] if is_one else value
+    if not 0 < len(prompts) <= info.context.prompts:
+        raise ApiError(400, f"1 to {info.context.prompts} prompts are taken at once", param="prompt")
+    kind = type(prompts[0])
+    for prompt in prompts:
+        is_tokens = isinstance(prompt, list)
+        if is_tokens and len(prompt) > info.context.tokens:
+            raise _too_long("prompt", f"a prompt of {len(prompt)} tokens is", info.context)
+        if not isinstance(prompt, kind) or not (
+            isinstance(prompt, str) or (is_tokens and all(type(token) is int for token in prompt))
+        ):
+            raise ApiError(400, "prompt must be text, tokens, or a list of either", param="prompt")
+    return prompts
+
+
+def _too_long(param: str, what: str, most: PromptLimits) -> ApiError:
+    message = f"{what} longer than {most.tokens} tokens"
+    return ApiError(400, message, param=param, code="context_length_exceeded")
+
+
 class _StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
 
@@ -101,7 +167,7 @@ class OpenAIRequest(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # vLLM's; -1 and 0 for all
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[list[str], PlainValidator(_stop)] = []
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
@@ -123,17 +189,11 @@ class OpenAIRequest(BaseModel):
             seed=self.seed,
         )
 
-    @property
-    def stops(self) -> list[str]:
-        """The stop strings."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return [stop for stop in stops if stop]
-
 
 class ChatRequest(OpenAIRequest):
     """Of /v1/chat/completions."""
 
-    messages: Annotated[list[Any], Field(min_length=1)]
+    messages: Annotated[list[Any], PlainValidator(_messages)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     prompt_field: ClassVar[str] = "messages"
@@ -147,30 +207,23 @@ class ChatRequest(OpenAIRequest):
 class CompletionRequest(OpenAIRequest):
     """Of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]  # each as text or as tokens
 
     prompt_field: ClassVar[str] = "prompt"
     default_tokens: ClassVar[int | None] = 16  # as in OpenAI's protocol
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """Each prompt, as text or as tokens."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
 
 
 R = TypeVar("R", bound=OpenAIRequest)
 
 
-def parse_request(kind: type[R], body: bytes) -> R:
-    """A request of that kind.
+def parse_request(kind: type[R], body: bytes, most: PromptLimits) -> R:
+    """A request of that kind. Takes some tenths of a second for megabytes.
 
     Raises:
         ApiError: 400, with the field that is at fault.
     """
+    if _num_brackets(body) > _MOST_CONTAINERS and _num_brackets(_STRING.sub(b"", body)) > _MOST_CONTAINERS:
+        raise ApiError(400, f"the body is of more than {_MOST_CONTAINERS} lists and objects")
     try:
         values = json.loads(body)
     except (ValueError, RecursionError):
@@ -184,17 +237,18 @@ def parse_request(kind: type[R], body: bytes) -> R:
                 400, f"{name} is not supported by this server", param=name, code="unsupported_parameter"
             )
     try:
-        request = kind.model_validate(values)
+        request = kind.model_validate(values, context=most)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in fault["loc"][:1])
         raise ApiError(400, f"{place}: {fault['msg'][:200]}", param=place or None) from None
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options is for requests with stream: true", param="stream_options")
-    if len(request.stops) > _MOST_STOPS or any(len(stop) > _LONGEST_STOP for stop in request.stops):
-        limits = f"at most {_MOST_STOPS} strings of {_LONGEST_STOP} characters are taken"
-        raise ApiError(400, f"stop: {limits}", param="stop")
     return request
+
+
+def _num_brackets(body: bytes) -> int:
+    return body.count(b"[") + body.count(b"{")
 
 
 def _same(value: Any, allowed: Any) -> bool:

@@ -99,6 +99,7 @@ def test_raw_text_systems_stops_and_draws(capsys, folders, tiny_model_folder):
     ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert "cut off" in generate(capsys, "a", "--max-new-tokens", 1, *base)[1]
+    assert generate(capsys, "a", "--temperature", "1e-39", *base)[0] == generate(capsys, "a", *base)[0]
 
 
 def test_a_conversation_remembers(capsys, folders, monkeypatch):
@@ -108,6 +109,25 @@ def test_a_conversation_remembers(capsys, folders, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("And rivers?\n"))
     alone, _ = generate(capsys, "--chat", "--adapter", folders[0])
     assert out.endswith("\n") and not out.endswith(alone)
+
+
+def test_a_turn_without_an_answer_does_not_end_a_conversation(capsys, folders, monkeypatch):
+    def answered(said: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said.encode("latin-1")), encoding="utf-8"))
+        return generate(capsys, "--chat", "--adapter", folders[0])
+
+    plain, _ = answered("How many apples?\nAnd rivers?\n")
+    out, err = answered(f"How many apples?\n{'a ' * 400}\nAnd rivers?\n")
+    assert out == plain and err.count("longer than 256 tokens") == 1  # the turn is not remembered either
+    assert answered("\xff?\n")[0].strip()  # half a character
+
+
+def test_a_file_has_blank_lines_and_ends_of_lines_within_texts(capsys, tmp_path, tiny_model_folder):
+    asked = ["one\u2028two\x85three", "four"]
+    rows = [json.dumps({"prompt": text}, ensure_ascii=False) for text in asked]
+    (tmp_path / "prompts").write_bytes("\n{}\r\n  \n{}\n\n".format(*rows).encode())
+    out, _ = generate(capsys, "--file", tmp_path / "prompts", "--base", tiny_model_folder)
+    assert [json.loads(line)["prompt"] for line in out.split("\n")[:-1]] == asked
 
 
 @pytest.mark.parametrize(
@@ -126,6 +146,10 @@ def test_a_conversation_remembers(capsys, folders, monkeypatch):
         (["--file", "broken", "--base", "x"], "broken:1: invalid JSON"),
         (["--file", "other", "--base", "TINY"], "other:1: there is no adapter 'b'; there are tiny"),
         (["--file", "mad", "--base", "TINY"], "mad:1: messages cannot be used: unknown role"),
+        (["--file", "list", "--base", "x"], 'list:3: "adapter" must be the name of one'),
+        (["--file", "nothing", "--base", "x"], "nothing:1: there are no messages"),
+        (["--file", "half", "--base", "x"], "half:1: it has half of a surrogate pair"),
+        (["-", "--base", "x"], "standard input is not text"),
         (["a " * 400, "--base", "TINY"], "longer than 256 tokens"),
     ],
 )
@@ -138,6 +162,16 @@ def test_what_cannot_be_answered_is_one_message(
     (tmp_path / "broken").write_text("{prompt")
     (tmp_path / "other").write_text('{"prompt": "a", "adapter": "b"}')
     (tmp_path / "mad").write_text('{"messages": [{"role": "wizard", "content": "a"}]}')
+    (tmp_path / "list").write_text('{"prompt": "a"}\n\n{"prompt": "a", "adapter": ["a"]}')
+    (tmp_path / "nothing").write_text('{"messages": []}')
+    (tmp_path / "half").write_text('{"prompt": "a\\ud800"}')
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
     tiny = [str(tiny_model_folder) if argument == "TINY" else argument for argument in arguments]
     out, err = generate(capsys, *tiny, code=2)
     assert out == "" and words in err and err.count("error: ") == 1
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])
+def test_a_seed_beyond_64_bits_is_refused(capsys, seed):
+    _, err = generate(capsys, "a", "--base", "x", "--temperature", 1, "--seed", seed, code=2)
+    assert "--seed" in err and "range" in err

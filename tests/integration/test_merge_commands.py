@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -271,6 +272,32 @@ def test_compress_without_rows_takes_the_probe_and_without_a_base_no_loss(places
     base = read_plain(places / "dora").info.base_model
     code, out, _ = run(capsys, "compress", moved, tmp_path / "out2", "--rank", "2", "--base", base)
     assert code == 0 and "loss " in out
+
+
+def test_compress_never_makes_the_file_larger(places, tmp_path, capsys):
+    lora = read_plain(places / "lora")
+    falling = 100.0 ** -torch.arange(4)  # so that the last terms can go
+    halves = [dataclasses.replace(m, a=m.a.bfloat16(), b=(m.b * falling).bfloat16()) for m in lora]
+    write_peft_folder(halves, lora.info.base_model, tmp_path / "halves")
+    code, out, err = run(
+        capsys, "compress", tmp_path / "halves", tmp_path / "out", "--energy", "0.9999999", "--no-loss", "--json"
+    )
+    assert code == 0, err
+    figures = json.loads(out)
+    assert figures["bytes_after"] < figures["bytes_before"]
+    assert 0 < figures["error"] < 2**-8  # rounding A and B to bf16; the cut is below a tenth of that
+    assert {m.a.dtype for m in read_plain(tmp_path / "out")} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("file", ["layout.json", "adapter.json"])
+@pytest.mark.parametrize(
+    "content", [b'{"a": "\xff"}', b"[" * 100_000, b"\xff\xfe{", b"[]", b'{"format_version": 1}']
+)
+def test_damaged_descriptions_are_one_message_with_the_file(file, content, places, tmp_path, capsys):
+    folder = shutil.copytree(places / "lora", tmp_path / "a")
+    (folder / file).write_bytes(content)
+    code, out, err = run(capsys, "inspect", folder)
+    assert (code, out) == (2, "") and err.startswith("error: ") and str(folder / file) in err
 
 
 def test_compress_refusals(places, tmp_path, capsys):

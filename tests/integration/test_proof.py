@@ -32,7 +32,10 @@ def test_onto_nf4_is_the_trained_model_and_the_table_says_so(finished, tmp_path)
     done = run_cli("export", result.run.folder, tmp_path / "out", "--to", "merged", "--onto", "nf4")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "export.json").read_text())
-    names = ["4-bit + adapter", "4-bit base", "16-bit base", "merged on 16-bit", "merged on dequantised NF4"]
+    names = [
+        "4-bit + adapter", "4-bit base", "16-bit + adapter", "16-bit base", "merged on 16-bit",
+        "merged on dequantised NF4",
+    ]  # fmt: skip
     figures = {one["name"]: one for one in record["proof"]["figures"]}
     assert list(figures) == names and record["proof"]["artefact"] == names[-1]
     assert figures[names[-1]]["kl"] < 1e-7 and figures[names[-1]]["agreement"] == 1
@@ -118,7 +121,8 @@ def test_an_adapter_without_an_effect_is_told(make, tmp_path, onto, factor):
     """In bf16 a change of a millionth is rounded away, in the weights and beside them."""
     done = run_cli("export", make(factor), tmp_path / "out", "--to", "merged", "--onto", onto)
     assert done.returncode == 1, done.stderr
-    assert "the adapter changes nothing" in done.stderr or "the merged model equals the base" in done.stderr
+    lost = ("the adapter changes nothing", "the merged model equals the base", "the adapter was lost")
+    assert any(text in done.stderr for text in lost)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
@@ -138,9 +142,56 @@ def test_a_merge_that_kept_the_base_is_found_by_its_logits(finished, tmp_path, m
 
     prove = as_model.prove
     monkeypatch.setattr(as_model, "prove", swapped)
-    with pytest.raises(ProofError, match="equals the base: the adapter was lost"):
+    with pytest.raises(ProofError, match="the adapter was lost: the merged model is no closer"):
         to_merged(job, tmp_path / "out", "16bit", ProofWanted(min_agreement=0), quiet)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("onto", ["16bit", "nf4"])
+@pytest.mark.parametrize("factor", [0.5, -1.0, 3.0, float("nan")])
+def test_a_merge_with_another_scaling_is_found(finished, tmp_path, monkeypatch, factor, onto):
+    """What is written is held against the same weights with the adapter beside them."""
+    from qhybrid.errors import QhybridError
+    from qhybrid.export import as_model
+
+    _, result = finished
+    job = prepare(Source(result.run.folder), quiet)
+
+    def wrong(adapter, *arguments, **options):
+        modules = tuple(dataclasses.replace(module, scaling=module.scaling * factor) for module in adapter)
+        return bake(dataclasses.replace(adapter, modules=modules), *arguments, **options)
+
+    bake = as_model.bake
+    monkeypatch.setattr(as_model, "bake", wrong)
+    with pytest.raises(QhybridError) as caught:
+        to_merged(job, tmp_path / "out", onto, ProofWanted(min_agreement=0), quiet)
+    texts = ("was lost", "with the adapter beside them at", "not finite")
+    assert any(text in str(caught.value) for text in texts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_that_are_not_finite_are_refused():
+    from qhybrid.errors import ProofError
+    from qhybrid.export.proof import Figures, Proof, _judge
+
+    good, bad = Figures("a", 1.0, 0.0, 1.0), Figures("b", float("nan"), float("nan"), 1.0)
+    base = Figures("base", 2.0, 0.5, 0.5)
+    proof = Proof(1, 9, "rows", (good, base, bad), "b", faithful=1.0, mark=0.0)
+    with pytest.raises(ProofError, match="not finite"):
+        _judge(proof, base)
+
+
+def test_the_record_has_the_hash_of_every_file(finished, tmp_path):
+    import hashlib
+
+    _, result = finished
+    done = run_cli("export", result.run.folder, tmp_path / "out", "--to", "merged", "--no-proof")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    files = {file.name: file for file in (tmp_path / "out").iterdir() if file.name != "export.json"}
+    assert {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()} == record[
+        "sha256"
+    ]
 
 
 def test_options_that_have_no_effect_are_refused(finished, tmp_path):
@@ -150,6 +201,7 @@ def test_options_that_have_no_effect_are_refused(finished, tmp_path):
         ("--to", "merged", "--prove", "x", "--no-proof"),
         ("--to", "peft", "--gguf-type", "f16"),
         ("--to", "merged", "--prove", "missing.jsonl"),
+        ("--to", "merged", "--no-proof", "--min-agreement", "0.9"),
     ):
         done = run_cli("export", result.run.folder, tmp_path / "out", *options)
         assert done.returncode == 2, done.stderr

@@ -23,8 +23,9 @@ from transformers import AutoTokenizer, DynamicCache
 from qhybrid.adapters.attach import attach
 from qhybrid.adapters.folder import read_plain, save_adapter, save_plain
 from qhybrid.adapters.info import AdapterInfo
-from qhybrid.base.fingerprint import config_hash
+from qhybrid.base.fingerprint import config_hash, fingerprint
 from qhybrid.base.load import load_base
+from qhybrid.base.locate import weight_files
 from qhybrid.cli.main import main
 from qhybrid.errors import AdapterError, ModelError, ServingError
 from qhybrid.evaluation.models import load_adapter_for_inference
@@ -153,18 +154,25 @@ def test_adapters_of_other_bases_are_refused(tmp_path, folders, tiny_model_folde
         return tmp_path / name
 
     right = config_hash(tiny_model_folder)
-    one = saved("one", base_config_sha256=right, base_sha256={"model.safetensors": "ab"})
-    moved = saved("moved", base_config_sha256=right, base_model="/elsewhere")
-    weights = saved("weights", base_config_sha256=right, base_sha256={"model.safetensors": "cd"})
+    (facts,) = fingerprint(weight_files(tiny_model_folder)).values()
+    one = saved("one", base_config_sha256=right, base_sha256={"model.safetensors": facts["sha256"]})
+    renamed = saved("renamed", base_config_sha256=right, base_sha256={"other.safetensors": facts["sha256"]})
+    known = {"base_config_sha256": right, "base_sha256": {"model.safetensors": facts["sha256"]}}
+    moved = saved("moved", **known, base_model="/elsewhere")
+    weights = saved("weights", base_config_sha256=right, base_sha256={"model-2.safetensors": "cd"})
     named, unknown = saved("named", base_model="org/other"), saved("unknown", base_model="")
     stale = saved("stale", base_config_sha256="0" * 64)
-    assert make_engine([one, moved]).models.keys() >= {"one", "moved"}
-    for other, words in ((weights, "another base"), (named, "org/other"), (unknown, "does not name")):
+    assert make_engine([one, moved, renamed]).models.keys() >= {"one", "moved", "renamed"}
+    for other, words in ((weights, "the weights differ"), (named, "org/other"), (unknown, "does not say")):
         with pytest.raises(AdapterError, match=words):
             make_engine([one, other])
     make_engine([one, named], path=str(tiny_model_folder))  # the user says so
-    with pytest.raises(AdapterError, match="trained on another model"):
-        make_engine([stale])
+    for other, words in ((stale, "config.json says something else"), (weights, "its weights differ")):
+        with pytest.raises(AdapterError, match=words) as caught:
+            make_engine([other])
+        assert "--other-base takes it" in caught.value.hint
+        assert make_engine([other], other_base=True).models.keys() >= {other.name}
+    assert len(make_engine([one, weights], other_base=True).models) == 3
     larger = tiny_folder(tmp_path / "larger", hidden_size=96)
     with pytest.raises(ModelError, match="another base model"):
         make_engine([folders["lora"]], path=str(larger))
@@ -320,6 +328,78 @@ def post(url: str, path: str, body: bytes, **headers: str) -> tuple[int, dict]:
     content = answer.read()
     connection.close()
     return answer.status, json.loads(content)
+
+
+HOSTILE = {
+    "tokens": ("prompt", b"[" + b"1," * 2_097_000 + b"1]"),
+    "lists": ("prompt", b"[" + b"[1]," * 1_048_000 + b"[1]]"),
+    "mixed": ("prompt", b"[" + b'1,"a",[],' * 460_000 + b"1]"),
+    "one of each": ("prompt", b'["a"' + b",1" * 2_090_000 + b"]"),
+    "objects": ("prompt", b"[" + b"{}," * 1_390_000 + b"{}]"),
+    "stops": ("stop", b"[" + b"1," * 2_097_000 + b"1]"),
+    "messages": ("messages", b"[" + b"{}," * 1_390_000 + b"{}]"),
+    "small messages": ("messages", b"[" + b'{"role":"user","content":"a"},' * 139_000 + b"{}]"),
+    "parts": ("messages", b'[{"role":"user","content":[' + b"{}," * 1_390_000 + b"{}]}]"),
+    "depth": ("messages", b"[" * 2_090_000 + b"]" * 2_090_000),
+    "some depth": ("messages", b"[" + b",".join([b"[" * 900 + b"]" * 900] * 2_300) + b"]"),
+    "long text": ("messages", b'[{"role":"wizard","content":"' + b"[" * 4_190_000 + b'"}]'),
+    "short texts": ("prompt", b"[" + b'"[",' * 1_040_000 + b'"a"]'),
+    "open text": ("messages", b'"' + b'\\"[' * 1_390_000),
+    "fields": ("x", b"0," + b",".join(b'"%d":[]' % i for i in range(350_000))),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_large_body_is_refused_soon_and_holds_nobody_up(engine, name):
+    """Measured below half a second each; pydantic needed 20 s for one of them, and everybody waited."""
+    field, written = HOSTILE[name]
+    path = "/v1/completions" if field == "prompt" else "/v1/chat/completions"
+    body = b'{"model":"lora",%s"%s":%s}' % (
+        b'"messages":[0],' if field == "stop" else b"",
+        field.encode(),
+        written,
+    )
+    assert 2**21 < len(body) <= 2**22
+    with running_server(engine, body_bytes=2**22) as (url, _), ThreadPoolExecutor(1) as pool:
+        health = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
+        began, slowest = time.monotonic(), 0.0
+        asked = pool.submit(post, url, path, body)
+        while not asked.done():
+            asked_at = time.monotonic()
+            health.request("GET", "/health")
+            assert health.getresponse().read()
+            slowest = max(slowest, time.monotonic() - asked_at)
+        health.close()
+        assert asked.result()[0] == 400
+        print(f"{name}: {time.monotonic() - began:.2f} s, /health at most {slowest:.2f} s")
+        assert time.monotonic() - began < 2.0 and slowest < 1.0
+
+
+def test_a_temperature_near_zero_is_greedy(client):
+    asked = {"model": "lora", "prompt": "The river", "max_tokens": 8}
+    least = [client.completions.create(temperature=value, **asked).choices[0].text for value in (0, 1e-39, 1e-6)]
+    assert len(set(least)) == 1
+
+
+def test_a_server_that_can_answer_no_more_says_so(engine, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(engine, "forward", fail)
+    with running_server(engine) as (url, batcher):
+        client = client_of(url)
+        monkeypatch.setattr(engine, "new_batch", fail)
+        with pytest.raises(openai.InternalServerError, match="inside the server"):
+            client.completions.create(model="lora", prompt="a")
+        wait_until(lambda: batcher.state == "failed")
+        with pytest.raises(openai.InternalServerError, match="must be restarted") as caught:
+            client.completions.create(model="lora", prompt="a")
+        assert caught.value.status_code == 503
+        health = http.client.HTTPConnection(url.removeprefix("http://"))
+        health.request("GET", "/health")
+        answer = health.getresponse()
+        assert answer.status == 503 and json.loads(answer.read())["status"] == "failed"
+        health.close()
 
 
 def test_requests_of_other_programs_are_refused(served):
@@ -483,7 +563,9 @@ def test_the_command_serves_a_load_and_finishes_what_was_begun(tmp_path, tiny_mo
         (["x", "--port", "TAKEN"], "Address already in use"),
         (["x", "--host", "192.0.2.1"], "cannot serve on 192.0.2.1 port 8000"),
         (["x", "--host", "nowhere.invalid"], "cannot serve on nowhere.invalid"),
-        (["x", "KEY"], "QHYBRID_API_KEY is empty"),
+        (["x", "KEY="], "QHYBRID_API_KEY is empty"),
+        (["x", "KEY= \n"], "QHYBRID_API_KEY is empty"),
+        (["x", "KEY=a\nb"], "QHYBRID_API_KEY is not one line of ASCII"),
         (["x", "--base", ""], "there is no folder x"),
         (["--base", "nowhere/at/all"], "there is no nowhere/at/all"),
     ],
@@ -491,8 +573,8 @@ def test_the_command_serves_a_load_and_finishes_what_was_begun(tmp_path, tiny_mo
 def test_what_cannot_be_served_is_one_message(arguments, words, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        if arguments[-1:] == ["KEY"]:
-            monkeypatch.setenv("QHYBRID_API_KEY", " ")
+        if arguments and arguments[-1].startswith("KEY="):
+            monkeypatch.setenv("QHYBRID_API_KEY", arguments[-1].removeprefix("KEY="))
             arguments = arguments[:-1]
         arguments = [argument.replace("TAKEN", str(taken.getsockname()[1])) for argument in arguments]
         if "--port" not in arguments and "--host" not in arguments:
@@ -502,6 +584,19 @@ def test_what_cannot_be_served_is_one_message(arguments, words, capsys, monkeypa
     said = capsys.readouterr()
     assert caught.value.code == 2 and said.out == ""
     assert words in said.err and "error: " in said.err and "hint: " in said.err
+
+
+def test_the_key_is_taken_without_the_blanks_around_it(monkeypatch, tiny_model_folder):
+    """No header can end with a line's end, which a key that was read from a file has."""
+    keys = []
+
+    def serve(app, bound, timeout_seconds, ready):
+        keys.append(app._key)
+
+    monkeypatch.setattr("qhybrid.serving.server.serve", serve)
+    monkeypatch.setenv("QHYBRID_API_KEY", " secret\n")
+    main(["serve", "--base", str(tiny_model_folder), "--port", "0"])
+    assert keys == [b"secret"]
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):

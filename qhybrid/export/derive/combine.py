@@ -158,10 +158,10 @@ def _combined(parts: list[tuple[int, float, PlainModule]], settings: CombineSett
     if not torch.isfinite(b.float()).all():
         raise _beyond_fp32(name)
     exact = factor(b, a, 1.0)
-    if settings.method == "cat":
-        return CombinedModule(PlainModule(name, a.float(), b.float(), 1.0), exact.norm, 0.0)
     if exact.norm <= _CANCELLED * float(a.norm() * b.norm()):
         return CombinedModule(PlainModule(name, a[:1].float(), b[:, :1].float(), 1.0), 0.0, 0.0)
+    if settings.method == "cat":
+        return CombinedModule(PlainModule(name, a.float(), b.float(), 1.0), exact.norm, 0.0)
     rank = _rank(exact, settings, largest)
     return CombinedModule(exact.truncated(rank, name), exact.norm, exact.error(rank))
 

@@ -83,9 +83,9 @@ def compress(out: Path, folder: Path, settings: ShortenSettings, loss: LossWante
             f"{adapter.source} is in INT8",
             hint="compress the adapter that it was made of, then export that to INT8",
         )
-    bytes_before, parameters_before = stored_size(adapter.source)
+    before = stored_size(adapter.source)
     shortened = shorten(adapter, settings, lambda done, total: say(f"module {done} of {total}"))
-    if shortened.num_values >= parameters_before:
+    if shortened.num_bytes >= before.tensors:
         raise AdapterError("it would not become smaller", hint=f"qhybrid inspect {folder} shows its ranks")
     losses = None if loss is None else _losses(adapter, shortened, loss, say)
     info, _ = common_info([adapter])
@@ -105,17 +105,9 @@ def compress(out: Path, folder: Path, settings: ShortenSettings, loss: LossWante
             for module in shortened.modules
         ],
     }
-    write_derived(
-        out,
-        shortened.kept,
-        dataclasses.replace(info, adapter_dtype=shortened.adapter_dtype),
-        [adapter],
-        band=BAND,
-        record_file=RECORD,
-        record=record,
-    )
-    bytes_after, parameters_after = stored_size(out)
-    return Compression(shortened, bytes_before, bytes_after, parameters_before, parameters_after, losses)
+    write_derived(out, shortened.kept, info, [adapter], band=BAND, record_file=RECORD, record=record)
+    after = stored_size(out)
+    return Compression(shortened, before.file, after.file, before.values, after.values, losses)
 
 
 def _losses(adapter: PlainAdapter, shortened: Shortened, wanted: LossWanted, say: Say) -> Losses:

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qhybrid.adapters.folder import WEIGHTS, save_plain
 from qhybrid.adapters.info import INFO, AdapterInfo
@@ -16,7 +16,7 @@ from qhybrid.adapters.peft_folder import WEIGHTS as PEFT_WEIGHTS
 from qhybrid.adapters.plain import PlainAdapter, PlainModule
 from qhybrid.base.safetensors_reader import SafetensorsReader
 from qhybrid.disk import write_bytes
-from qhybrid.export.output import new_folder
+from qhybrid.export.resumable import new_folder
 from qhybrid.redaction import redacted
 
 _SETTINGS = "tokenizer_config.json"
@@ -33,11 +33,24 @@ def name_of(adapter: PlainAdapter) -> str:
     return folder.parent.name if folder.name == "adapter" else folder.name
 
 
-def stored_size(folder: Path) -> tuple[int, int]:
-    """The bytes and the number of values of an adapter folder's weights file, by its header."""
+class StoredSize(NamedTuple):
+    """Of a weights file: its bytes, those of its tensors, and the number of their values."""
+
+    file: int
+    tensors: int
+    values: int
+
+
+def stored_size(folder: Path) -> StoredSize:
+    """The size of an adapter folder's weights file, by its header."""
     file = next(folder / name for name in (WEIGHTS, INT8_WEIGHTS, PEFT_WEIGHTS) if (folder / name).is_file())
     with SafetensorsReader(file) as reader:
-        return file.stat().st_size, sum(math.prod(entry.shape) for entry in reader.entries.values())
+        entries = reader.entries.values()
+        tensors, values = (
+            sum(entry.end - entry.begin for entry in entries),
+            sum(math.prod(e.shape) for e in entries),
+        )
+        return StoredSize(file.stat().st_size, tensors, values)
 
 
 def common_info(adapters: Sequence[PlainAdapter]) -> tuple[AdapterInfo, list[str]]:

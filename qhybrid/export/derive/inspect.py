@@ -114,7 +114,7 @@ def inspect_adapter(
     for done, (name, plain) in enumerate(wanted.items()):
         modules.append(_measured(name, plain, layout))
         progress(done + 1, len(wanted))
-    num_bytes, _ = stored_size(adapter.source)
+    num_bytes = stored_size(adapter.source).file
     return Report(
         adapter.source, adapter.info, is_own, adapter.base_minus, num_bytes, _bands(modules), tuple(modules)
     )

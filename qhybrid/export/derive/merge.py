@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qhybrid.adapters.bases import require_one_base
 from qhybrid.adapters.folder import read_plain
-from qhybrid.adapters.plain import PlainAdapter
-from qhybrid.export.derive.bases import require_one_base
 from qhybrid.export.derive.combine import CombinedModule, CombineSettings, combine, overall_error
 from qhybrid.export.derive.derived import common_info, name_of, stored_size, write_derived
 from qhybrid.export.output import require_free
@@ -57,7 +56,8 @@ def merge(
     weights = [weight for _, weight in sources]
     found = combine(list(zip(adapters, weights, strict=True)), settings, progress)
     kept = {combined.module.module for combined in found}
-    left_out = tuple(name for name in _names(adapters) if name not in kept)
+    named = dict.fromkeys(module.module for adapter in adapters for module in adapter)
+    left_out = tuple(name for name in named if name not in kept)
     record: dict[str, Any] = {
         "method": settings.method,
         **{key: value for key, value in dataclasses.asdict(settings).items() if value is not None},
@@ -79,8 +79,5 @@ def merge(
         record_file=RECORD,
         record=record,
     )
-    return Merge(tuple(found), left_out, (*notes, *differences), *stored_size(out))
-
-
-def _names(adapters: Sequence[PlainAdapter]) -> list[str]:
-    return list(dict.fromkeys(module.module for adapter in adapters for module in adapter))
+    size = stored_size(out)
+    return Merge(tuple(found), left_out, (*notes, *differences), size.file, size.values)

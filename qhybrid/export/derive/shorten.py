@@ -18,9 +18,6 @@ from qhybrid.adapters.plain import PlainAdapter, PlainModule, require_untouched_
 from qhybrid.adapters.spectrum import difference, factor_module
 from qhybrid.errors import AdapterError, ExportError
 from qhybrid.export.derive.combine import overall_error
-from qhybrid.recipe.schema import Dtype
-
-_ROUNDING_SHARE = 1.1  # rounding to the adapter's own dtype may make the error of the cut so many times larger
 
 
 @dataclass(frozen=True)
@@ -66,10 +63,9 @@ class ShortenedModule:
 
 @dataclass(frozen=True)
 class Shortened:
-    """A shortened adapter, and the dtype to attach its A and B in."""
+    """A shortened adapter."""
 
     modules: tuple[ShortenedModule, ...]
-    adapter_dtype: Dtype
 
     @property
     def kept(self) -> tuple[PlainModule, ...]:
@@ -79,13 +75,13 @@ class Shortened:
     @property
     def error(self) -> float:
         """The relative Frobenius error of s·B·A over all modules."""
-        return _overall(self.modules)
+        return overall_error([(module.norm, module.error) for module in self.modules])
 
     @property
-    def num_values(self) -> int:
+    def num_bytes(self) -> int:
         """Of A, B and the magnitudes that are left."""
         return sum(
-            part.numel()
+            part.numel() * part.element_size()
             for module in self.kept
             for part in (module.a, module.b, module.magnitude)
             if part is not None
@@ -97,12 +93,12 @@ def shorten(
     settings: ShortenSettings,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Shortened:
-    """Shorten the modules of `adapter`, and store them in its own dtype where that is exact enough, else in fp32.
+    """Shorten the modules of `adapter`, stored in its own dtype; the errors are those of what is stored.
 
     A LoRA module with s·B·A = 0 is left out. A DoRA module keeps a term of zeros beside its magnitudes.
 
     Raises:
-        AdapterError: PiSSA, or nothing would be left.
+        AdapterError: PiSSA, nothing would be left, or values beyond what the dtype holds.
     """
     require_untouched_base(adapter)
     shorter = (
@@ -110,20 +106,14 @@ def shorten(
         if settings.prune_terms is not None
         else [_truncated(module, settings) for module in adapter]
     )
-    total = len(shorter)
     if not any(after is not None for after in shorter):
         raise AdapterError("nothing would be left of it: it changes the model nowhere")
-    exact = []
+    trained = getattr(torch, adapter.info.adapter_dtype)
+    found = []
     for done, (before, after) in enumerate(zip(adapter, shorter, strict=True)):
-        exact.append(_measured(before, after))
-        progress(done + 1, total)
-    narrow = [
-        _measured(module.before, _cast(module.after, _own_dtype(module.before, adapter)), module.norm)
-        for module in exact
-    ]
-    if _overall(narrow) <= _ROUNDING_SHARE * _overall(exact):
-        return Shortened(tuple(narrow), adapter.info.adapter_dtype)
-    return Shortened(tuple(exact), "float32")
+        found.append(_measured(before, after and _as_stored(after, before, trained)))
+        progress(done + 1, len(shorter))
+    return Shortened(tuple(found))
 
 
 def _truncated(module: PlainModule, settings: ShortenSettings) -> PlainModule | None:
@@ -172,24 +162,21 @@ def _without_terms(module: PlainModule) -> PlainModule | None:
     return dataclasses.replace(module, a=module.a[:1].clone(), b=torch.zeros_like(module.b[:, :1]))
 
 
-def _measured(before: PlainModule, after: PlainModule | None, norm: float | None = None) -> ShortenedModule:
-    if norm is None:
-        norm = factor_module(before).norm
+def _measured(before: PlainModule, after: PlainModule | None) -> ShortenedModule:
+    norm = factor_module(before).norm
     if after is before or norm == 0:
         return ShortenedModule(before, after, norm, 0.0)
     return ShortenedModule(before, after, norm, 1.0 if after is None else difference(before, after) / norm)
 
 
-def _own_dtype(module: PlainModule, adapter: PlainAdapter) -> torch.dtype:
-    """As stored, or as trained if that is narrower: AdaLoRA's factors are fp32 in plain form alone."""
-    return min(module.a.dtype, getattr(torch, adapter.info.adapter_dtype), key=lambda dtype: dtype.itemsize)
-
-
-def _cast(module: PlainModule | None, dtype: torch.dtype) -> PlainModule | None:
-    if module is None or (module.a.dtype == dtype and module.b.dtype == dtype):
+def _as_stored(module: PlainModule, before: PlainModule, trained: torch.dtype) -> PlainModule:
+    """A and B as wide as they were, or as trained if that is narrower: AdaLoRA's are fp32 in plain form alone."""
+    a, b = (
+        new.to(min(old.dtype, trained, key=lambda dtype: dtype.itemsize))
+        for new, old in ((module.a, before.a), (module.b, before.b))
+    )
+    if a is module.a and b is module.b:
         return module
-    return dataclasses.replace(module, a=module.a.to(dtype), b=module.b.to(dtype))
-
-
-def _overall(modules: Sequence[ShortenedModule]) -> float:
-    return overall_error([(module.norm, module.error) for module in modules])
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise AdapterError(f"{module.module} gets values beyond what {str(a.dtype).removeprefix('torch.')} holds")
+    return dataclasses.replace(module, a=a, b=b)

@@ -143,7 +143,11 @@ def ollama_modelfile(
             "# unless it takes it for one of its own: `ollama show --template` then shows that.",
         ]
     ends = dict.fromkeys([*([tokenizer.eos_token] if tokenizer.eos_token else []), *end_tokens])
-    lines += [f'PARAMETER stop "{token}"' for token in ends]
+    for token in filter(None, ends):
+        if _can_be_written(token) and '"' not in token:
+            lines.append(f'PARAMETER stop "{token}"')
+        else:
+            lines.append(f"# No PARAMETER stop for the end token {token!a}, which a Modelfile cannot hold.")
     if system_prompt:
         if not _can_be_written(system_prompt):
             raise ExportError(

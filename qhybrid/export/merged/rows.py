@@ -142,7 +142,7 @@ def require_finite(merged: Tensor, rows: Tensor, name: str) -> None:
         )
     raise ExportError(
         f"{name} would hold values that are not finite: the merged ones are too large for {_name(merged.dtype)}",
-        hint="merge to bfloat16 or float32",
+        hint="use the adapter beside the model",
     )
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 
 import pytest
 import torch
 from helpers import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from qhybrid.adapters.folder import read_plain
 from qhybrid.adapters.peft_folder import CONFIG, WEIGHTS, write_peft_folder
+from qhybrid.adapters.peft_patterns import selects
 from qhybrid.errors import AdapterError
 
 KINDS = {
@@ -117,10 +123,19 @@ CONFIG_FAULTS = [
     ({"r": True}, "its r is True"),
     ({"lora_alpha": float("nan")}, "its lora_alpha is nan"),
     ({"lora_alpha": float("inf")}, "its lora_alpha is inf"),
+    ({"lora_alpha": 10**400}, "its lora_alpha is 1000"),
+    ({"lora_alpha": 1.1e6}, "at most 1,000,000"),
+    ({"rank_pattern": {"q_proj": 10**400}}, "rank_pattern of 'q_proj' is 1000"),
     ({"lora_alpha": "8"}, "its lora_alpha is '8'"),
     ({"rank_pattern": [1]}, "rank_pattern is no mapping"),
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern of 'q_proj' is 0"),
     ({"rank_pattern": {"(": 2}}, "rank_pattern has '('"),
+    ({"rank_pattern": {"([a-z0-9_.]+)+!": 2}}, "rank_pattern has '([a-z0-9_.]+)+!', which is not read here"),
+    ({"rank_pattern": {"(?=q)q_proj": 2}}, "which is not read here"),
+    ({"rank_pattern": {r"(q)_proj\1": 2}}, "which is not read here"),
+    ({"alpha_pattern": {"(a|b)*q_proj": 2}}, "which is not read here"),
+    ({"alpha_pattern": {"q" * 501: 2}}, "alpha_pattern has a key of 501 characters"),
+    ({"alpha_pattern": {f"q{i}": 2 for i in range(4097)}}, "more than 4096 keys"),
     ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern of 'q_proj' is None"),
     ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern of 'q_proj' is '4'"),
     ({"r": 3}, "has rank 2, its configuration says 3"),
@@ -147,10 +162,58 @@ def refusal(folder, config, tensors):
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("change", "message"), CONFIG_FAULTS, ids=[str(change) for change, _ in CONFIG_FAULTS])
+@pytest.mark.parametrize(
+    ("change", "message"), CONFIG_FAULTS, ids=[f"{change!s:.60}" for change, _ in CONFIG_FAULTS]
+)
 def test_configurations_that_cannot_be_read_are_refused_by_what_is_wrong(change, message, sound, tmp_path):
     config, tensors = sound
     assert message in refusal(tmp_path / "a", json.dumps({**json.loads(config), **change}), tensors)
+
+
+_ONE = st.sampled_from(["a", "b", ".", r"\.", r"\d", r"\w", "[ab]", "[^a.]", "[a-b1]"])
+_ATOM = st.builds(str.__add__, _ONE, st.sampled_from(["", "", "", "?", "*", "+", "+?", "{2}", "{1,2}", "{2,}"]))
+_KEY = st.recursive(
+    st.lists(_ATOM | st.sampled_from(["^", "$"]), max_size=5).map("".join),
+    lambda inner: st.one_of(
+        st.builds("({}|{}){}".format, inner, inner, st.sampled_from(["", "?"])),
+        st.builds("(?:{}){}".format, inner, inner),
+        st.builds("{}|{}".format, inner, inner),
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(_KEY, st.lists(st.text("ab1.", min_size=1, max_size=8), min_size=1, max_size=8))
+def test_keys_select_what_pefts_do(key, names):
+    for name in names:
+        assert selects(key, name) == bool(re.match(rf"(.*\.)?({key})$", name)), (key, name)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["q_proj", "layers.1.self_attn.q_proj", "1.self_attn.q_proj", "elf_attn.q_proj", r"layers\.\d+\.mlp\..*_proj",
+     r"model\.layers\.(0|1|12)\.self_attn\.(q|k)_proj", r"^model.*[kq]_proj", r".*\.1[0-9]?\..*",
+     "up_proj|q_proj$"],
+)  # fmt: skip
+def test_keys_as_people_write_them_select_what_pefts_do(key):
+    names = [
+        f"model.layers.{layer}.{part}_proj"
+        for layer in (0, 1, 2, 11, 12, 21)
+        for part in ("self_attn.q", "self_attn.k", "mlp.up", "mlp.gate")
+    ]
+    assert [selects(key, name) for name in names] == [get_pattern_key([key], name) == key for name in names]
+    assert any(selects(key, name) for name in names) == (key != "elf_attn.q_proj")
+
+
+def test_no_key_that_is_read_takes_long(sound, tmp_path):
+    config, tensors = sound
+    keys = {".*" * 100 + "!": 3, "(a|a)" * 90 + "!": 3, r"(\w?)?" * 80 + "!": 3, "q_proj|up_proj|gate_proj": 2}
+    (tmp_path / CONFIG).write_text(json.dumps({**json.loads(config), "rank_pattern": keys}))
+    save_file(tensors, tmp_path / WEIGHTS)
+    started = time.perf_counter()
+    assert {module.rank for module in read_plain(tmp_path)} == {2}
+    assert time.perf_counter() - started < 5  # backtracking would need longer than the universe is old
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", "{" * 100_000, '{"peft_type": '])

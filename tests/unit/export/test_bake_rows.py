@@ -135,7 +135,7 @@ def test_a_base_that_is_not_finite_is_named(bad, quantized):
 def test_a_result_that_is_too_large_is_named():
     settings = {"quantized": False, "double_quant": True, "dtype": torch.float32}
     weight = random(64, 64) * 1e5
-    with pytest.raises(ExportError, match="too large for float16\nhint: merge to bfloat16"):
+    with pytest.raises(ExportError, match="too large for float16"):
         merged_weight(weight, adapter((64, 64)), out_dtype=torch.float16, **settings)
 
 

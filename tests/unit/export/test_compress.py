@@ -121,34 +121,49 @@ def test_zero_lora_is_left_out_and_zero_dora_keeps_its_magnitudes(how):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_stay_halves_where_rounding_is_small_beside_the_cut(dtype):
+def test_halves_stay_halves(dtype):
     source = adapter(
         module(0, 8, decay=0.7, dtype=dtype), dtype="bfloat16" if dtype == torch.bfloat16 else "float32"
     )
     found = shorten(source, ShortenSettings(energy=0.99))
     (report,) = found.modules
     assert report.after.a.dtype == report.after.b.dtype == dtype
-    assert found.adapter_dtype == source.info.adapter_dtype
     assert report.error == pytest.approx(true_error(report.before, report.after), abs=1e-12)
 
 
-def test_a_cut_that_loses_nothing_is_not_spoilt_by_rounding():
+def test_a_cut_that_loses_nothing_says_what_rounding_to_its_own_dtype_costs():
     once = module(0, 3, dtype=torch.bfloat16)
     twice = PlainModule(once.module, torch.cat([once.a, once.a]), torch.cat([once.b, once.b], dim=1), 1.0)
     found = shorten(adapter(twice, dtype="bfloat16"), ShortenSettings(energy=1.0))
-    assert found.kept[0].rank == 3 and found.kept[0].a.dtype == torch.float32
-    assert found.adapter_dtype == "float32" and found.error <= 1e-6
+    assert found.kept[0].rank == 3 and found.kept[0].a.dtype == found.kept[0].b.dtype == torch.bfloat16
+    # A and B are each within 2^-9 of themselves, value by value.
+    assert 0 < found.error <= 2**-8
+    assert found.error == pytest.approx(true_error(twice, found.kept[0]), rel=1e-9)
+
+
+def test_factors_of_two_dtypes_each_keep_their_own():
+    wide = module(0, 6)
+    mixed = PlainModule(wide.module, wide.a, wide.b.bfloat16(), 1.0)
+    (kept,) = shorten(adapter(mixed), ShortenSettings(rank=3)).kept
+    assert (kept.a.dtype, kept.b.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_values_beyond_a_dtype_are_refused():
+    a, b = torch.eye(2, INNER) * 6e4, torch.eye(OUT, 2) * 6e4
+    half = PlainModule(name(0), a.half(), b.half(), 1e3)  # the square root of its σ is 1.9e6
+    with pytest.raises(AdapterError, match="beyond what float16 holds"):
+        shorten(adapter(half), ShortenSettings(rank=1))
 
 
 def test_adalora_in_plain_form_is_stored_as_it_was_trained():
     folded = module(0, 6, decay=0.7)  # fp32, from an adapter of bf16
     found = shorten(adapter(folded, dtype="bfloat16"), ShortenSettings(rank=3))
-    assert found.kept[0].a.dtype == torch.bfloat16 and found.adapter_dtype == "bfloat16"
+    assert found.kept[0].a.dtype == found.kept[0].b.dtype == torch.bfloat16
 
 
-def test_the_number_of_values_is_that_of_what_is_left():
+def test_the_bytes_are_those_of_what_is_left():
     found = shorten(adapter(module(0, 6), module(1, 6, magnitude=True)), ShortenSettings(rank=2))
-    assert found.num_values == 2 * 2 * (OUT + INNER) + OUT
+    assert found.num_bytes == 4 * (2 * 2 * (OUT + INNER) + OUT)
 
 
 def test_settings_and_adapters_that_make_no_sense_are_refused():

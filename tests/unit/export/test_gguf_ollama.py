@@ -164,6 +164,15 @@ def test_what_a_modelfile_cannot_hold_is_refused(changes):
         ollama_modelfile("m.gguf", build_tokenizer(), **changes)
 
 
+@pytest.mark.parametrize("token", ['a"\nSYSTEM pwned', 'a"', '"""', "a\x00", "a\r", "\u200b"])
+def test_end_tokens_that_a_modelfile_cannot_hold_are_left_out_and_named(token):
+    plain = ollama_modelfile("m.gguf", build_tokenizer(), end_tokens=["<end>"])
+    lines = ollama_modelfile("m.gguf", build_tokenizer(), end_tokens=["", token, "<end>"]).splitlines()
+    (comment,) = (line for line in lines if line not in plain.splitlines())
+    assert comment == f"# No PARAMETER stop for the end token {token!a}, which a Modelfile cannot hold."
+    assert [line for line in lines if line != comment] == plain.splitlines()
+
+
 @pytest.mark.parametrize("name", ["", "../m.gguf", "a\nADAPTER b", " m.gguf"])
 def test_names_that_lead_elsewhere_are_refused(name):
     with pytest.raises(ExportError, match="name"):

@@ -10,7 +10,7 @@ import torch
 from helpers import build_tokenizer, tiny_model
 from serving_helpers import wait_until
 
-from qhybrid.serving.batcher import Batcher, ClosingError, Job, QueueFullError, Update
+from qhybrid.serving.batcher import Batcher, ClosingError, DeadError, Job, QueueFullError, Update
 from qhybrid.serving.engine import BASE, Engine, ServedModel
 from qhybrid.serving.prompts import Prompter
 from qhybrid.serving.sampling import Sampling
@@ -185,8 +185,27 @@ def test_closing_finishes_what_was_taken_and_takes_no_more(engine, batcher):
     batcher.submit([one.job for one in asked])
     closing = threading.Thread(target=batcher.close)
     closing.start()
-    wait_until(lambda: not batcher.is_alive)
+    wait_until(lambda: batcher.state == "closing")
     with pytest.raises(ClosingError):
         batcher.submit([Asked(engine, 5).job])
     closing.join(20)
     assert all(one.is_done for one in asked) and len({one.text for one in asked}) > 1
+
+
+def test_when_the_thread_ends_by_a_fault_all_are_told_and_no_more_is_taken(engine, batcher, monkeypatch, caplog):
+    """A GPU that is lost fails the forward pass, and what should recover from that."""
+    asked = [Asked(engine, 5 + i) for i in range(6)]
+
+    def fail(*_):
+        raise RuntimeError("the device is gone")
+
+    engine.before = fail
+    monkeypatch.setattr(engine, "new_batch", fail)
+    batcher.submit([one.job for one in asked])
+    batcher.start()
+    wait_until(lambda: batcher.state == "failed")
+    wait_until(lambda: all(one.is_done for one in asked))
+    assert [one.updates for one in asked] == [[Update(fault="internal")]] * 6
+    assert batcher.counts == (0, 0) and "the device is gone" in caplog.text
+    with pytest.raises(DeadError):
+        batcher.submit([Asked(engine, 5).job])

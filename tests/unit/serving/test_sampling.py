@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from qhybrid.serving.sampling import Sampler, Sampling, next_tokens
@@ -45,3 +46,29 @@ def test_rows_are_chosen_each_by_its_own_settings():
     assert together[0] == logits[0].argmax() and together[3] == logits[3].argmax()
     assert together[1] == alone[0]  # the neighbours change nothing
     assert together[2] is None
+
+
+def test_temperatures_near_zero_are_greedy_and_the_least_other_draws_the_likeliest():
+    assert Sampling(0.0).is_greedy and Sampling(1e-39).is_greedy and Sampling(9e-6).is_greedy
+    assert not Sampling(1e-5).is_greedy
+    logits = torch.tensor([[3e38, -3e38, 2.9e38], [1e4, 0.0, 9.9e3]])  # divided by 1e-5 they overflow
+    samplers = [Sampler(Sampling(1e-5, top_p=0.9, top_k=2, seed=0), CPU) for _ in range(2)]
+    assert next_tokens(logits, samplers) == [0, 0]
+
+
+def test_a_draw_that_fails_is_the_fault_of_its_row_alone(monkeypatch, caplog):
+    samplers = [Sampler(Sampling(1.0, seed=seed), CPU) for seed in range(3)]
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    expected = next_tokens(logits[2:], [Sampler(Sampling(1.0, seed=2), CPU)])
+
+    def fail(logits):
+        raise error
+
+    monkeypatch.setattr(samplers[1], "draw", fail)
+    error = RuntimeError("probability tensor contains either inf or nan")
+    tokens = next_tokens(logits, samplers)
+    assert tokens[0] is not None and tokens[1] is None and tokens[2] == expected[0]
+    assert "probability tensor" in caplog.text
+    error = torch.OutOfMemoryError()  # is for the batch, which goes on with fewer rows
+    with pytest.raises(torch.OutOfMemoryError):
+        next_tokens(logits, samplers)

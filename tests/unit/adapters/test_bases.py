@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from qhybrid.adapters.bases import require_one_base
 from qhybrid.adapters.info import AdapterInfo
 from qhybrid.adapters.plain import PlainAdapter
 from qhybrid.errors import AdapterError
-from qhybrid.export.derive.bases import require_one_base
 
 INFO = AdapterInfo(
     base_model="org/base", base_revision=None, quantization="nf4", double_quant=True, dtype="bfloat16",

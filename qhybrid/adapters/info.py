@@ -49,7 +49,7 @@ def read_adapter(folder: Path) -> tuple[Layout, AdapterInfo]:
         nearby = [candidate.parent for candidate in sorted(folder.glob(f"*/{INFO}"))] if folder.is_dir() else []
         raise AdapterError(
             f"{folder} is not an adapter folder of qhybrid",
-            hint=f"did you mean {nearby[0]}?" if nearby else f"it must hold {INFO} and {LAYOUT}",
+            hint=f"did you mean {nearby[0]}?" if nearby else f"it holds neither {INFO} nor adapter_config.json",
         )
     layout = Layout.from_json((folder / LAYOUT).read_bytes(), str(folder / LAYOUT))
     try:

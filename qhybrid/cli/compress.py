@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qhybrid.cli.folders import adapter_folder
 from qhybrid.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -52,20 +53,21 @@ def command(
     if limit and not data:
         raise DataError("--limit has no effect without --data", hint="name the rows with --data")
     source = _rows(data, limit) if data is not None else None
+    folder = adapter_folder(adapter)
 
     from qhybrid.cli.main import quiet_libraries
 
     quiet_libraries()
-    from rich.console import Console
-
+    from qhybrid.cli.phases import phases, stop_on_sigterm
     from qhybrid.export.derive.compress import RECORD, LossWanted, compress
     from qhybrid.export.derive.shorten import ShortenSettings
 
     settings = ShortenSettings(energy, rank, prune_terms)
     wanted = None if no_loss else LossWanted(source, base)
-    with Console(stderr=True).status("reading the adapter") as status:
+    stop_on_sigterm()
+    with phases("reading the adapter") as say:
         try:
-            done = compress(Path(out), Path(adapter), settings, wanted, status.update)
+            done = compress(Path(out), folder, settings, wanted, say)
         except ModelError as error:
             if no_loss or "--no-loss" in (error.hint or ""):
                 raise

@@ -69,7 +69,8 @@ def command(
 
     What is written is first held against the adapter: peft and vllm by the logits, merged by --prove.
     """
-    from qhybrid.errors import AdapterError, ExportError
+    from qhybrid.cli.folders import adapter_folder
+    from qhybrid.errors import ExportError
     from qhybrid.export.output import require_free
 
     is_model = target == "merged" or (target == "gguf" and onto is not None)
@@ -88,8 +89,7 @@ def command(
     if private and not push:
         raise ExportError("--private has no effect without --push", hint="give --push ORG/NAME")
     place = Path(out)
-    if not Path(adapter).is_dir():  # said before torch is imported
-        raise AdapterError(f"there is no folder {adapter}", hint="name an adapter folder or a run folder")
+    folder = adapter_folder(adapter)
     require_free(place)
     if push:
         from qhybrid.export.hub import require_repository
@@ -103,7 +103,7 @@ def command(
     from qhybrid.export import as_adapter, as_model
     from qhybrid.export.job import Source, prepare
 
-    source = Source(Path(adapter), base, other_base, quantization, dtype, dora_to_lora)
+    source = Source(folder, base, other_base, quantization, dtype, dora_to_lora)
     stop_on_sigterm()
     with phases("reading the adapter") as say:
         job = prepare(source, say)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qhybrid.cli.folders import adapter_folder
 from qhybrid.errors import ExportError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def command(adapter: str, pattern: str | None, plot: str | None, as_json: bool) 
 
     The energy rank is the fewest singular values of s·B·A with that share of their squares' sum.
     """
+    folder = adapter_folder(adapter)
     if plot is not None:
         _require_picture(Path(plot))
 
@@ -37,9 +39,7 @@ def command(adapter: str, pattern: str | None, plot: str | None, as_json: bool) 
     from qhybrid.export.derive.inspect import inspect_adapter
 
     with Console(stderr=True).status("reading the adapter") as status:
-        report = inspect_adapter(
-            Path(adapter), pattern, lambda done, total: status.update(f"module {done} of {total}")
-        )
+        report = inspect_adapter(folder, pattern, lambda done, total: status.update(f"module {done} of {total}"))
         if plot is not None:
             from qhybrid.export.derive.spectrum_plot import draw
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qhybrid.cli.folders import adapter_folder
 from qhybrid.errors import ExportError
 
 if TYPE_CHECKING:
@@ -84,8 +85,10 @@ def _source(text: str) -> tuple[Path, float]:
         weight = float(number) if separator else None
     except ValueError:
         weight = None
+    if separator and weight is None and Path(folder).is_dir() and not Path(text).exists():
+        raise ExportError(f"the weight of {folder} is {number!r}, which is no number")
     if weight is None or not folder:
-        return Path(text), 1.0
+        return adapter_folder(text), 1.0
     if Path(text).is_dir():
         if Path(folder).is_dir():
             raise ExportError(
@@ -95,7 +98,7 @@ def _source(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
     if not math.isfinite(weight) or weight == 0:
         raise ExportError(f"the weight of {folder} is {number}", hint="any number but 0; it may be negative")
-    return Path(folder), weight
+    return adapter_folder(folder), weight
 
 
 def _show(merged: Merge, method: str, out: str) -> None:

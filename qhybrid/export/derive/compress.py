@@ -84,7 +84,7 @@ def compress(out: Path, folder: Path, settings: ShortenSettings, loss: LossWante
             hint="compress the adapter that it was made of, then export that to INT8",
         )
     before = stored_size(adapter.source)
-    shortened = shorten(adapter, settings, lambda done, total: say(f"module {done} of {total}"))
+    shortened = shorten(adapter, settings, lambda done, total: say(f"cutting: module {done} of {total}"))
     if shortened.num_bytes >= before.tensors:
         raise AdapterError("it would not become smaller", hint=f"qhybrid inspect {folder} shows its ranks")
     losses = None if loss is None else _losses(adapter, shortened, loss, say)

@@ -105,18 +105,21 @@ def to_gguf(job: Job, out: Path, dtype: Literal["f32", "f16"], say: Say) -> Expo
     Raises:
         ExportError: `out` is not free, or llama.cpp is not known to take the model's family.
         AdapterError: it has DoRA modules.
+        ProofError: as LoRA it computes something else.
     """
     require_lora(job.adapter, "llama.cpp")  # before a folder is begun
     with new_folder(out) as folder:
         file = folder / f"{out.name}-{dtype.upper()}.gguf"
         say("writing")
         write_gguf_adapter(job.adapter, read_config(job.base / "config.json"), file, dtype=dtype, name=out.name)
-        figures = {"bytes": file.stat().st_size, **_approximation(job)}
+        say("comparing logits")  # of the modules in memory: what llama.cpp makes of the file, the tests hold
+        found = job.parity().difference_of_modules(job.adapter.modules)
+        figures = {**_judged(job, found, "LoRA of this adapter"), "bytes": file.stat().st_size}
         code = f"llama-server -m BASE.gguf --lora {file.name}"
         kind = "A LoRA adapter for llama.cpp, beside the base model's GGUF file."
-        found = told_approximation(job)
-        finish(job, folder, "gguf", figures, Artefact(out.name, kind, "gguf", (("bash", code),), found=found))
-    return Exported(out, (f"{file.name}: {format_bytes(figures['bytes'])}", *told_approximation(job)), figures)
+        told = _told(job, figures)
+        finish(job, folder, "gguf", figures, Artefact(out.name, kind, "gguf", (("bash", code),), found=told))
+    return Exported(out, (f"{file.name}: {format_bytes(figures['bytes'])}", *told), figures)
 
 
 def _relative_error(one: PlainModule, other: PlainModule) -> float:
@@ -127,15 +130,15 @@ def _relative_error(one: PlainModule, other: PlainModule) -> float:
 def _compare_folders(job: Job, folders: Sequence[Path], say: Say) -> dict[str, Any]:
     """The difference of logits when peft loads `folders`; it must be none, unless DoRA was approximated."""
     say("comparing logits")
-    found = job.parity().difference_of_folders(folders)
+    return _judged(job, job.parity().difference_of_folders(folders), "what peft loads")
+
+
+def _judged(job: Job, found: float, what: str) -> dict[str, Any]:
     if not job.approximated:
-        require_parity(found, "what peft loads")
-    return {"logits_difference": found, **_approximation(job)}
-
-
-def _approximation(job: Job) -> dict[str, Any]:
+        require_parity(found, what)
+        return {"logits_difference": found}
     errors = {one.module.module: {"rank": one.module.rank, "error": one.error} for one in job.approximated}
-    return {"dora_to_lora": errors} if errors else {}
+    return {"logits_difference": found, "dora_to_lora": errors}
 
 
 def _told(job: Job, figures: dict[str, Any]) -> tuple[str, ...]:

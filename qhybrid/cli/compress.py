@@ -58,13 +58,12 @@ def command(
     from qhybrid.cli.main import quiet_libraries
 
     quiet_libraries()
-    from qhybrid.cli.phases import phases, stop_on_sigterm
+    from qhybrid.cli.phases import phases
     from qhybrid.export.derive.compress import RECORD, LossWanted, compress
     from qhybrid.export.derive.shorten import ShortenSettings
 
     settings = ShortenSettings(energy, rank, prune_terms)
     wanted = None if no_loss else LossWanted(source, base)
-    stop_on_sigterm()
     with phases("reading the adapter") as say:
         try:
             done = compress(Path(out), folder, settings, wanted, say)

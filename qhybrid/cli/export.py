@@ -99,12 +99,11 @@ def command(
     from qhybrid.cli.main import quiet_libraries
 
     quiet_libraries()
-    from qhybrid.cli.phases import phases, stop_on_sigterm
+    from qhybrid.cli.phases import phases
     from qhybrid.export import as_adapter, as_model
     from qhybrid.export.job import Source, prepare
 
     source = Source(folder, base, other_base, quantization, dtype, dora_to_lora)
-    stop_on_sigterm()
     with phases("reading the adapter") as say:
         job = prepare(source, say)
         if is_model:

@@ -13,10 +13,10 @@ from rich.console import Console
 
 @contextmanager
 def phases(first: str) -> Iterator[Callable[[str], None]]:
-    """Within, what is said is shown. "merging: 3 of 9" and "merging: 4 of 9" are one phase."""
+    """Within, what is said is shown, and SIGTERM cleans up. "merging: 3 of 9" and "merging: 4 of 9" are one."""
     console = Console(stderr=True)
     if console.is_terminal:
-        with console.status(first) as status:
+        with _sigterm_as_exit(), console.status(first) as status:
             yield status.update
         return
     last = ""
@@ -29,9 +29,15 @@ def phases(first: str) -> Iterator[Callable[[str], None]]:
         last = phase
 
     say(first)
-    yield say
+    with _sigterm_as_exit():
+        yield say
 
 
-def stop_on_sigterm() -> None:
-    """Let SIGTERM end the process as an exception does, so that half-written folders go."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """SIGTERM ends the process as an exception does, so that half-written folders go."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -8,10 +8,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import openai
+import torch
+from helpers import THREE_BANDS, randomize_adapters, tiny_layout
+from transformers import AutoTokenizer
 
+from qhybrid.adapters.attach import attach
+from qhybrid.adapters.folder import save_adapter
+from qhybrid.adapters.info import AdapterInfo
+from qhybrid.base.load import load_base
+from qhybrid.recipe.schema import ModelSection, QuantizationSection
 from qhybrid.serving.batcher import Batcher
 from qhybrid.serving.engine import Engine
 from qhybrid.serving.load import BaseChoice, load_engine
@@ -70,3 +79,22 @@ def wait_until(condition, seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.005)
+
+
+def info_of(base: Path, **changes) -> AdapterInfo:
+    info = AdapterInfo(str(base), None, "none", True, "float32", "float32", "sdpa", date="2026-01-01")
+    return replace(info, **changes)
+
+
+def save_banded(base: Path, folder: Path, seed: int, bands=THREE_BANDS, **changes) -> Path:
+    """A trained adapter of several bands, with its tokenizer."""
+    info = info_of(base, **changes)
+    section = ModelSection.model_validate({"path": str(base), "dtype": info.dtype})
+    nf4 = QuantizationSection.model_validate({"method": info.quantization})
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    layout = tiny_layout(bands, vocab_size=len(tokenizer))
+    model = attach(load_base(section, nf4), layout, dtype=getattr(torch, info.adapter_dtype))
+    randomize_adapters(model, seed, scale=0.3)
+    save_adapter(model, layout, info, folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -15,6 +15,7 @@ from qhybrid.export.card import Artefact
 from qhybrid.export.finish import Exported, finish, told_approximation
 from qhybrid.export.folders import SERVE_SCRIPT, fold_scaling, require_lora, write_peft, write_vllm
 from qhybrid.export.gguf.adapter import write_gguf_adapter
+from qhybrid.export.gguf.modelfile import write_modelfile
 from qhybrid.export.job import Job, Say
 from qhybrid.export.loading_code import peft_code, vllm_command
 from qhybrid.export.names import public_name
@@ -115,8 +116,11 @@ def to_gguf(job: Job, out: Path, dtype: Literal["f32", "f16"], say: Say) -> Expo
         say("comparing logits")  # of the modules in memory: what llama.cpp makes of the file, the tests hold
         found = job.parity().difference_of_modules(job.adapter.modules)
         figures = {**_judged(job, found, "LoRA of this adapter"), "bytes": file.stat().st_size}
-        code = f"llama-server -m BASE.gguf --lora {file.name}"
+        code = (
+            f"llama-server -m BASE.gguf --lora {file.name}\nollama create NAME -f Modelfile    # beside BASE.gguf"
+        )
         kind = "A LoRA adapter for llama.cpp, beside the base model's GGUF file."
+        write_modelfile(job, folder, "BASE.gguf", file.name)
         told = _told(job, figures)
         finish(job, folder, "gguf", figures, Artefact(out.name, kind, "gguf", (("bash", code),), found=told))
     return Exported(out, (f"{file.name}: {format_bytes(figures['bytes'])}", *told), figures)

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from qhybrid.architecture.spec import read_config
-from qhybrid.disk import write_bytes
 from qhybrid.errors import ExportError, ProofError
 from qhybrid.export.card import Artefact
 from qhybrid.export.finish import Exported, finish, told_approximation
 from qhybrid.export.gguf.model import GgufDtype, require_known_to_llama_cpp, write_gguf_model
-from qhybrid.export.gguf.ollama import ollama_modelfile
-from qhybrid.export.gguf.tokenizer import end_token_ids
+from qhybrid.export.gguf.modelfile import write_modelfile
 from qhybrid.export.job import Job, Say
 from qhybrid.export.loading_code import model_code
 from qhybrid.export.merged.bake import Baked, bake
@@ -26,8 +24,6 @@ from qhybrid.export.proof import Proof, prove
 from qhybrid.export.resumable import new_folder
 from qhybrid.recipe.schema import SourceSection
 from qhybrid.units import format_bytes, format_duration
-
-MODELFILE = "Modelfile"
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ def to_merged_gguf(job: Job, out: Path, onto: Onto, dtype: GgufDtype, wanted: Pr
             raise
         file = folder / f"{out.name}-{dtype.upper()}.gguf"
         notes = write_gguf_model(merged, file, dtype=dtype, name=out.name, progress=_bytes_told(say, "tensors"))
-        _write_modelfile(job, merged, file.name, folder)
+        write_modelfile(job, folder, file.name)
         shutil.rmtree(merged)
         figures = {**_figures(baked, proof), "bytes": file.stat().st_size}
         kind = f"A whole model for llama.cpp, the adapter merged into {_WEIGHTS[onto]}."
@@ -191,12 +187,6 @@ def _told_proof(proof: Proof | None) -> tuple[str, ...]:
         *proof.lines(),
         faithful,
     )
-
-
-def _write_modelfile(job: Job, merged: Path, file: str, folder: Path) -> None:
-    ends = job.tokenizer.convert_ids_to_tokens(end_token_ids(job.tokenizer, merged))
-    text = ollama_modelfile(file, job.tokenizer, end_tokens=ends, system_prompt=job.adapter.info.system_prompt)
-    write_bytes(folder / MODELFILE, text.encode())
 
 
 def _gguf_code(file: str) -> tuple[tuple[str, str], ...]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from qhybrid.adapters.plain import PlainAdapter, PlainModule
 from qhybrid.errors import AdapterError
 from qhybrid.export.low_rank import approximate
+from qhybrid.export.merged.rows import merged_weight
 
 WeightOf = Callable[[str], Tensor]  # a module's weight (out, in), by the module's name
-_SMALLEST_NORM = 1e-12  # as in adapters/dora.py: rows of zeros have no direction
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ def dora_to_lora(
             modules.append(module)
             continue
         weight = weight_of(module.module).float()
-        inner = weight + module.delta()
-        norm = inner.norm(dim=1).clamp_min(_SMALLEST_NORM)
-        delta = (module.magnitude.float() / norm)[:, None] * inner - weight
-        found = approximate(delta, rank=rank)
+        merged = merged_weight(
+            weight, module, quantized=False, double_quant=False, dtype=torch.float32, out_dtype=torch.float32
+        )
+        found = approximate(merged - weight, rank=rank)
         short = PlainModule(module.module, found.a, found.b, 1.0)
         approximated.append(Approximated(short, found.error))
         modules.append(short)

@@ -1,69 +1,24 @@
-"""`qhybrid serve` with the openai client: adapters of all kinds in one batch, streams, limits, signals."""
+"""`qhybrid serve` with the openai client: chat, completions, streams, refusals and limits."""
 
 from __future__ import annotations
 
 import http.client
 import json
-import os
 import socket
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
 
 import openai
 import pytest
 import torch
-from helpers import THREE_BANDS, randomize_adapters, tiny_folder, tiny_layout
-from serving_helpers import client_of, load_test, make_engine, running_server, wait_until
-from transformers import AutoTokenizer, DynamicCache
+from serving_helpers import client_of, running_server, wait_until
+from transformers import AutoTokenizer
 
-from qhybrid.adapters.attach import attach
-from qhybrid.adapters.folder import read_plain, save_adapter, save_plain
-from qhybrid.adapters.info import AdapterInfo
-from qhybrid.base.fingerprint import config_hash, fingerprint
-from qhybrid.base.load import load_base
-from qhybrid.base.locate import weight_files
-from qhybrid.cli.main import main
-from qhybrid.errors import AdapterError, ModelError, ServingError
 from qhybrid.evaluation.models import load_adapter_for_inference
-from qhybrid.recipe.schema import ModelSection, QuantizationSection
-from qhybrid.serving.engine import BASE
 from qhybrid.serving.prompts import Prompter
 
 CHAT = [{"role": "user", "content": "How many apples are left?"}]
-
-
-def info_of(base: Path, **changes) -> AdapterInfo:
-    info = AdapterInfo(str(base), None, "none", True, "float32", "float32", "sdpa", date="2026-01-01")
-    return replace(info, **changes)
-
-
-def save_banded(base: Path, folder: Path, seed: int, bands=THREE_BANDS, **changes) -> Path:
-    """A trained adapter of several bands, with its tokenizer."""
-    info = info_of(base, **changes)
-    section = ModelSection.model_validate({"path": str(base), "dtype": info.dtype})
-    nf4 = QuantizationSection.model_validate({"method": info.quantization})
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    layout = tiny_layout(bands, vocab_size=len(tokenizer))
-    model = attach(load_base(section, nf4), layout, dtype=getattr(torch, info.adapter_dtype))
-    randomize_adapters(model, seed, scale=0.3)
-    save_adapter(model, layout, info, folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, tiny_model_folder) -> dict[str, Path]:
-    """Adapters of one base: two LoRA, one DoRA, one of three bands, and one on a few modules only, from peft."""
-    folder = tmp_path_factory.mktemp("adapters")
-    lora, other, dora = load_test.make_adapters(str(tiny_model_folder), folder, 3, scale=0.3)
-    few = tuple(module for module in read_plain(lora) if "layers.1." in module.module)
-    save_plain(few, info_of(tiny_model_folder), folder / "made", "few")
-    banded = save_banded(tiny_model_folder, folder / "banded", 5)
-    return {"lora": lora, "other": other, "dora": dora, "banded": banded, "few": folder / "made" / "peft" / "lora"}
 
 
 @pytest.fixture(scope="module")
@@ -83,120 +38,6 @@ def served(engine):
 @pytest.fixture(scope="module")
 def client(served) -> openai.OpenAI:
     return client_of(served[0])
-
-
-# ---- the engine
-
-
-def logits_of(engine, adapters: list[str], ids: torch.Tensor) -> torch.Tensor:
-    """Of two forward passes, the second with a cache: (rows, 2, vocabulary)."""
-    cache, mask = DynamicCache(), torch.ones_like(ids)
-    with engine.inference():
-        first = engine.forward(adapters, ids[:, :-1], mask[:, :-1], cache)
-        return torch.stack([first, engine.forward(adapters, ids[:, -1:], mask, cache)], 1)
-
-
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_rows_of_a_mixed_batch_compute_what_each_adapter_computes_alone(folders, quantization):
-    """Against `load_adapter_for_inference`, which is held to the trained model bit for bit elsewhere.
-
-    1e-5 is a few hundred units in the last place of logits around 1: sums over a batch are ordered otherwise.
-    """
-    engine = make_engine(list(folders.values()), quantization=quantization, dtype="float32")
-    names = [folder.name for folder in folders.values()]
-    ids = torch.randint(4, 100, (2 * len(names) + 2, 12), generator=torch.Generator().manual_seed(0))
-    adapters = [engine.models[name].adapter for name in names]
-    order = [BASE, *adapters, BASE, *reversed(adapters)]
-    mixed = logits_of(engine, order, ids)
-    for row, adapter in enumerate(order):
-        alone = logits_of(engine, [adapter], ids[row : row + 1])
-        assert (mixed[row] - alone[0]).abs().max() <= 1e-5
-    assert (mixed[1:6] - mixed[0]).abs().amax((1, 2)).min() > 0.1  # every adapter does something
-    if quantization == "nf4":
-        return  # the reference loads what adapter.json says
-    for row, folder in enumerate(folders.values(), 1):
-        # A folder of peft does not say that its base is in float32; the one that it was made from does.
-        own = folder if folder.name != "lora" else folder.parent.parent
-        model, _, _ = load_adapter_for_inference(own)
-        with torch.no_grad():
-            reference = model(ids[row : row + 1]).logits[0, -2:]
-        assert (mixed[row] - reference).abs().max() <= 1e-5, folder
-
-
-def test_an_adapter_trained_on_nf4_is_served_as_it_was_trained(tmp_path, tiny_model_folder):
-    """The base, the dtypes and DoRA's norms are those of `load_adapter_for_inference`.
-
-    AdaLoRA is folded into LoRA for serving, which is exact but for rounding; bf16 is bit-equal without it.
-    """
-    for dtype, bands, limit in (
-        ("float32", THREE_BANDS, 1e-5),
-        ("bfloat16", [THREE_BANDS[0], THREE_BANDS[2]], 0.0),
-    ):
-        folder = save_banded(
-            tiny_model_folder, tmp_path / dtype, 1, bands, quantization="nf4", dtype=dtype, adapter_dtype=dtype
-        )
-        ids = torch.arange(4, 24)[None]
-        model, _, _ = load_adapter_for_inference(folder)
-        with torch.no_grad():
-            reference = model(ids).logits[0, -1].float()
-        engine = make_engine([folder])
-        with engine.inference():
-            logits = engine.forward(["a0"], ids, torch.ones_like(ids), DynamicCache())[0]
-        assert (logits - reference).abs().max() <= limit
-        assert not engine.notes
-
-
-def test_adapters_of_other_bases_are_refused(tmp_path, folders, tiny_model_folder):
-    modules = read_plain(folders["lora"]).modules
-
-    def saved(name: str, **changes) -> Path:
-        save_plain(modules, info_of(tiny_model_folder, **changes), tmp_path / name, "all")
-        return tmp_path / name
-
-    right = config_hash(tiny_model_folder)
-    (facts,) = fingerprint(weight_files(tiny_model_folder)).values()
-    one = saved("one", base_config_sha256=right, base_sha256={"model.safetensors": facts["sha256"]})
-    renamed = saved("renamed", base_config_sha256=right, base_sha256={"other.safetensors": facts["sha256"]})
-    known = {"base_config_sha256": right, "base_sha256": {"model.safetensors": facts["sha256"]}}
-    moved = saved("moved", **known, base_model="/elsewhere")
-    weights = saved("weights", base_config_sha256=right, base_sha256={"model-2.safetensors": "cd"})
-    named, unknown = saved("named", base_model="org/other"), saved("unknown", base_model="")
-    stale = saved("stale", base_config_sha256="0" * 64)
-    assert make_engine([one, moved, renamed]).models.keys() >= {"one", "moved", "renamed"}
-    for other, words in ((weights, "the weights differ"), (named, "org/other"), (unknown, "does not say")):
-        with pytest.raises(AdapterError, match=words):
-            make_engine([one, other])
-    make_engine([one, named], path=str(tiny_model_folder))  # the user says so
-    for other, words in ((stale, "config.json says something else"), (weights, "its weights differ")):
-        with pytest.raises(AdapterError, match=words) as caught:
-            make_engine([other])
-        assert "--other-base takes it" in caught.value.hint
-        assert make_engine([other], other_base=True).models.keys() >= {other.name}
-    assert len(make_engine([one, weights], other_base=True).models) == 3
-    larger = tiny_folder(tmp_path / "larger", hidden_size=96)
-    with pytest.raises(ModelError, match="another base model"):
-        make_engine([folders["lora"]], path=str(larger))
-
-
-def test_what_cannot_be_loaded_is_refused(tmp_path, folders, tiny_model_folder):
-    with pytest.raises(ModelError, match="nothing to load"):
-        make_engine([])
-    with pytest.raises(ServingError, match="context of 256"):
-        make_engine([folders["lora"]], max_context=257)
-    clash = tmp_path / "tiny"
-    save_plain(read_plain(folders["lora"]).modules, info_of(tiny_model_folder), clash, "all")
-    with pytest.raises(ServingError, match="tiny is the name of the base model"):
-        make_engine([clash])
-    config = folders["few"].parent / "pissa" / "adapter_config.json"
-    config.parent.mkdir()
-    told = json.loads((folders["few"] / "adapter_config.json").read_text())
-    config.write_text(json.dumps({**told, "init_lora_weights": "pissa"}))
-    os.link(folders["few"] / "adapter_model.safetensors", config.parent / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="PiSSA"):
-        make_engine([config.parent])
-
-
-# ---- the protocol
 
 
 def test_models_are_listed(client, folders):
@@ -517,90 +358,3 @@ def test_a_fault_in_a_batch_is_an_error_500_and_the_server_lives_on(engine, monk
             patch.setattr(Prompter, "text", lambda self, prompt: 1 / 0)
             client.completions.create(model="lora", prompt="a")
         assert client.completions.create(model="lora", prompt="a").choices[0].text
-
-
-# ---- the process
-
-
-def test_the_command_serves_a_load_and_finishes_what_was_begun(tmp_path, tiny_model_folder):
-    """scripts/load_test.py on the tiny model; then SIGTERM, while one request is answered and two wait."""
-    folders = load_test.make_adapters(str(tiny_model_folder), tmp_path, 4, scale=0.3)
-    names = [folder.name for folder in folders]
-    load = load_test.Load(requests=60, clients=8, max_tokens=16)
-    prompts = ("How many apples?", "Name the largest planet. " * 4, "The river runs")
-    with load_test.server(*map(str, folders), "--max-batch", "6") as (url, process):
-        result = load_test.run_load(url, process, names, load, prompts)
-        assert not result.lost and not result.wrong
-        assert result.num_distinct == 4
-        # 10 more requests; the caches and logits of those alone are larger
-        assert result.resident_bytes[60] - result.resident_bytes[50] < 2**23
-
-        client = client_of(url.removesuffix("/v1"))
-        with ThreadPoolExecutor(12) as pool:
-            asked = [
-                pool.submit(client.completions.create, model=name, prompt="a", max_tokens=200, temperature=0)
-                for name in names * 3
-            ]
-            health = http.client.HTTPConnection(url.removesuffix("/v1").removeprefix("http://"))
-
-            def state() -> dict:
-                health.request("GET", "/health")
-                return json.loads(health.getresponse().read())
-
-            wait_until(lambda: state()["waiting"] == 6)
-            process.terminate()
-            lengths = [one.result().usage.completion_tokens for one in asked]
-        assert all(0 < length <= 200 for length in lengths)
-        assert process.wait(30) == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "nothing to serve"),
-        (["a b=x"], "cannot be the name of an adapter"),
-        (["nowhere"], "there is no folder"),
-        (["x", "--port", "TAKEN"], "Address already in use"),
-        (["x", "--host", "192.0.2.1"], "cannot serve on 192.0.2.1 port 8000"),
-        (["x", "--host", "nowhere.invalid"], "cannot serve on nowhere.invalid"),
-        (["x", "KEY="], "QHYBRID_API_KEY is empty"),
-        (["x", "KEY= \n"], "QHYBRID_API_KEY is empty"),
-        (["x", "KEY=a\nb"], "QHYBRID_API_KEY is not one line of ASCII"),
-        (["x", "--base", ""], "there is no folder x"),
-        (["--base", "nowhere/at/all"], "there is no nowhere/at/all"),
-    ],
-)
-def test_what_cannot_be_served_is_one_message(arguments, words, capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        if arguments and arguments[-1].startswith("KEY="):
-            monkeypatch.setenv("QHYBRID_API_KEY", arguments[-1].removeprefix("KEY="))
-            arguments = arguments[:-1]
-        arguments = [argument.replace("TAKEN", str(taken.getsockname()[1])) for argument in arguments]
-        if "--port" not in arguments and "--host" not in arguments:
-            arguments = [*arguments, "--port", "0"]
-        with pytest.raises(SystemExit) as caught:
-            main(["serve", *arguments])
-    said = capsys.readouterr()
-    assert caught.value.code == 2 and said.out == ""
-    assert words in said.err and "error: " in said.err and "hint: " in said.err
-
-
-def test_the_key_is_taken_without_the_blanks_around_it(monkeypatch, tiny_model_folder):
-    """No header can end with a line's end, which a key that was read from a file has."""
-    keys = []
-
-    def serve(app, bound, timeout_seconds, ready):
-        keys.append(app._key)
-
-    monkeypatch.setattr("qhybrid.serving.server.serve", serve)
-    monkeypatch.setenv("QHYBRID_API_KEY", " secret\n")
-    main(["serve", "--base", str(tiny_model_folder), "--port", "0"])
-    assert keys == [b"secret"]
-
-
-def test_a_missing_package_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "starlette", None)
-    with pytest.raises(SystemExit):
-        main(["serve", "--base", "x"])
-    assert "serving needs starlette\nhint: pip install 'qhybrid[serve]'" in capsys.readouterr().err

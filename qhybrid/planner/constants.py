@@ -42,10 +42,10 @@ def reserved_margin() -> float:
     return RESERVED_MARGIN_EXPANDABLE if "expandable_segments:True" in settings else RESERVED_MARGIN
 
 
-def cublas_workspace(gpu: Gpu | None) -> int:
+def cublas_workspace(gpu: Gpu | None, threads: int = 2) -> int:
     """Bytes of cuBLAS' workspaces on this GPU; of the smaller kind where it is not known.
 
     One for each thread that has a handle: that of the forward pass, and the autograd engine's for the device.
     """
     is_large = gpu is not None and gpu.compute_capability >= (9, 0)
-    return 2 * (CUBLAS_WORKSPACE_BYTES_SM90 if is_large else CUBLAS_WORKSPACE_BYTES)
+    return threads * (CUBLAS_WORKSPACE_BYTES_SM90 if is_large else CUBLAS_WORKSPACE_BYTES)

@@ -53,6 +53,7 @@ class Plan:
     checkpoint: int  # one on disk: adapters, optimizer states, AdaLoRA's scores
     layout: Layout
     caps: tuple[RankCap, ...] = ()
+    largest_task: str | None = None  # of several, the one whose activations count
 
     @property
     def allocated(self) -> int:
@@ -119,6 +120,7 @@ class Plan:
             "moments": self.prediction.moments,
             "adapters_by_band": self.prediction.bands,
             "num_trained_parameters": self.layout.num_parameters,
+            **({"largest_task": self.largest_task} if self.largest_task is not None else {}),
             "rank_caps": [dataclasses.asdict(cap) for cap in self.caps],
             "assumptions": list(self.prediction.assumptions),
         }
@@ -147,7 +149,29 @@ def make_plan(
     """
     layout = build_layout(recipe.adapters, spec)
     prediction = predict(recipe, spec, layout, device=device, longest=longest, padded=padded)
-    workspace = constants.cublas_workspace(budget.gpu) if device == "cuda" else 0
+    return assemble(
+        recipe, spec, budget, layout, prediction, device=device, caps=caps, process_bytes=process_bytes
+    )
+
+
+def assemble(
+    recipe: Recipe,
+    spec: ModelSpec,
+    budget: Budget,
+    layout: Layout,
+    prediction: Prediction,
+    *,
+    device: Device,
+    caps: tuple[RankCap, ...],
+    process_bytes: int,
+    threads: int = 2,
+) -> Plan:
+    """The plan around a prediction: what else the process takes.
+
+    Args:
+        threads: those that call cuBLAS; of one training loop the forward pass and the autograd engine.
+    """
+    workspace = constants.cublas_workspace(budget.gpu, threads) if device == "cuda" else 0
     load = _load_peak(recipe, spec, device)
     remainders = 0
     if device == "cuda":

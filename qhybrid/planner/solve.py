@@ -119,9 +119,16 @@ def solve_rank(
     Args:
         no_more_than_asked: only lower them.
     """
+    return largest_ranks(recipe, spec, lambda tried: fits(plan, tried), no_more_than_asked=no_more_than_asked)
+
+
+def largest_ranks(
+    recipe: Recipe, spec: ModelSpec, holds: Callable[[Recipe], bool], *, no_more_than_asked: bool = False
+) -> Recipe | None:
+    """As `solve_rank`, with a condition of the caller's."""
     limits = {band.band: _largest_rank(band, recipe, spec) for band in recipe.adapters}
     steps = _rank_steps(recipe.adapters, {} if no_more_than_asked else limits)
-    best = largest(0, len(steps) - 1, lambda n: fits(plan, with_ranks(recipe, steps[n])))
+    best = largest(0, len(steps) - 1, lambda n: holds(with_ranks(recipe, steps[n])))
     return None if best is None else with_ranks(recipe, steps[best])
 
 

@@ -10,7 +10,10 @@ from qhybrid.recipe.excerpt import excerpt
 from qhybrid.recipe.training_fields import TrainingSection
 from qhybrid.recipe.yaml_source import Path, Source
 
-SECTIONS = ("model", "quantization", "adapters", "data", "training", "memory", "distributed", "output_dir")
+SECTIONS = (
+    "model", "quantization", "adapters", "data", "training", "memory", "distributed", "tasks",
+    "shared", "output_dir",
+)  # fmt: skip
 
 # Their name at the top level: our path. "adapters" means every band of the recipe, "sources" every data source.
 TOP_LEVEL: dict[str, tuple[str, ...]] = {
@@ -205,6 +208,10 @@ def own_name(path: Path, key: str) -> str:
         ("model", 1): IN_MODEL, ("data", 1): IN_DATA, ("data", 3): IN_SOURCE, ("training", 1): IN_TRAINING,
         ("adapters", 2): IN_BAND, ("adapters", 3): IN_ADALORA,
     }  # fmt: skip
+    if path[:1] == ("tasks",):
+        path = path[2:]
+    if path[:1] == ("shared",):
+        path = ("adapters", 0)
     return tables.get((str(path[0]), len(path)), {}).get(key, key) if path else key
 
 
@@ -337,6 +344,24 @@ def rename_inside(values: dict, origins: dict, notices: list, source: Source) ->
                     item["format"] = FORMATS[form]
                 renamed.append(item)
             data[key] = renamed
+    if isinstance(values.get("shared"), dict):
+        values["shared"] = _rename(values["shared"], IN_BAND, ("shared",), origins, notices, source)
+    if isinstance(values.get("tasks"), list):
+        values["tasks"] = [
+            _rename_task(task, ("tasks", index), origins, notices, source)
+            for index, task in enumerate(values["tasks"])
+        ]
+
+
+def _rename_task(task: Any, at: Path, origins: dict, notices: list, source: Source) -> Any:
+    """A task's sections are renamed as those of a recipe of its own."""
+    if not isinstance(task, dict):
+        return task
+    task, found = dict(task), {}
+    lines = {path[2:]: line for path, line in source.lines.items() if path[:2] == at}
+    rename_inside(task, found, notices, Source(source.name, task, lines))
+    origins |= {(*at, *path): (*at, *origin) for path, origin in found.items()}
+    return task
 
 
 def _fill(items: Any, path: Path, settings: dict[str, tuple[str, Any]], origins: dict, source: Source) -> None:

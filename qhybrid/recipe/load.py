@@ -4,45 +4,39 @@ from __future__ import annotations
 
 import difflib
 import os
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from qhybrid.errors import RecipeError
 from qhybrid.recipe.aliases import (
-    MEANT,
     SECTIONS,
-    TOP_LEVEL,
     as_sources,
     own_name,
     rename_inside,
     settings_of,
     translate,
 )
-from qhybrid.recipe.excerpt import excerpt, excerpt_key, excerpt_list
+from qhybrid.recipe.excerpt import excerpt, excerpt_list
+from qhybrid.recipe.problems import OVERRIDE, as_recipe_error
 from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.shipped import find_shipped, shipped_names
-from qhybrid.recipe.training_fields import OWNED_ELSEWHERE, TrainingSection
+from qhybrid.recipe.tasks import OWN_SECTIONS, shared_recipe, task_recipes, with_task_recipes
+from qhybrid.recipe.training_fields import OWNED_ELSEWHERE
 from qhybrid.recipe.yaml_source import (
     MAX_BYTES,
     MAX_DEPTH,
     Source,
     dump_yaml,
-    parse_scalar,
     parse_value,
     parse_yaml,
     too_large,
 )
 from qhybrid.recipe.yaml_source import Path as KeyPath
 from qhybrid.redaction import redacted_values
-
-OVERRIDE = "command line"
-_MAX_PROBLEMS = 20  # told at once
-_LONGEST_NAME = 100  # of a key that a similar one is looked for
 
 
 @dataclass(frozen=True)
@@ -95,11 +89,15 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[R
     try:
         return Recipe.model_validate(values), notices
     except ValidationError as error:
-        raise _as_recipe_error(error, source, origins, overridden) from None
+        raise as_recipe_error(error, source, origins, overridden, values) from None
 
 
 def resolve(recipe: Recipe) -> Recipe:
     """The recipe with every value that follows from others written out: alpha, initial ranks, dtypes."""
+    if recipe.tasks:
+        shared = shared_recipe(recipe)
+        resolved = {name: resolve(own) for name, own in task_recipes(recipe).items()}
+        return with_task_recipes(recipe, resolved, shared and resolve(shared))
     bands = []
     for band in recipe.adapters:
         filled: dict[str, Any] = {"alpha": band.resolved_alpha}
@@ -117,7 +115,21 @@ def dump_recipe(recipe: Recipe) -> str:
 
     But for what is redacted: secrets are gone, and paths below the home directory begin with "~".
     """
-    values = recipe.model_dump(mode="json")
+    return dump_yaml(redacted_values(_values(recipe)))  # before YAML folds a path with spaces into two lines
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
+    values = recipe.model_dump(mode="json", exclude={"tasks"})
+    if recipe.shared is None:
+        del values["shared"]
+    if recipe.tasks:
+        for section in OWN_SECTIONS:
+            del values[section]
+        values["tasks"] = []
+        for task, own in zip(recipe.tasks, map(_values, task_recipes(recipe).values()), strict=True):
+            sections = {section: own[section] for section in OWN_SECTIONS}
+            values["tasks"].append({"name": task.name, "weight": task.weight, **sections})
+        return values
     training = type(recipe.training)
     # What another section owns is always at its default here, and refused when given.
     values["training"] = {
@@ -125,7 +137,7 @@ def dump_recipe(recipe: Recipe) -> str:
         for key, value in values["training"].items()
         if value != training.model_fields[key].default or key not in OWNED_ELSEWHERE
     }
-    return dump_yaml(redacted_values(values))  # before YAML folds a path with spaces into two lines
+    return values
 
 
 def _find(name: str) -> Path:
@@ -244,149 +256,3 @@ def _list_index(items: list, part: str, override: str) -> int:
         if items
         else "the list is empty",
     )
-
-
-def _as_recipe_error(
-    error: ValidationError, source: Source, origins: dict[KeyPath, KeyPath], overridden: list[KeyPath]
-) -> RecipeError:
-    """All problems in one message, each with its line and hint; a single problem keeps its hint apart."""
-    problems = error.errors(include_url=False)
-    found: list[tuple[str, str | None]] = []
-    seen: set[KeyPath] = set()
-    for number, problem in enumerate(problems):
-        if len(found) == _MAX_PROBLEMS:
-            found.append((f"and {len(problems) - number:,} more problems", None))
-            break
-        path = _without_tags(problem["loc"])
-        if path in seen:
-            continue  # what another member of a union would have taken
-        seen.add(path)
-        if problem["type"] == "too_short" and any(
-            len(other["loc"]) > len(path) and other["loc"][: len(path)] == path for other in problems
-        ):
-            continue  # a list looks empty when its items were refused
-        message, hint = _describe(dict(problem), path)
-        origin = origins.get(path, path)
-        from_override = any(
-            path[: len(start)] == start or (origin not in source.lines and start[: len(path)] == path)
-            for start in overridden
-        )
-        where = OVERRIDE if from_override else source.where(origin)
-        name = ".".join(map(excerpt_key, path))
-        found.append((f"{where}: {name + ': ' if name else ''}{message}", hint))
-    if len(found) == 1:
-        return RecipeError(found[0][0], hint=found[0][1])
-    return RecipeError("\n".join(f"{line} ({hint})" if hint else line for line, hint in found))
-
-
-def _without_tags(location: tuple[int | str, ...]) -> KeyPath:
-    """pydantic's location without the names of union members, which are no keys of ours."""
-    path: list[str | int] = []
-    for part in location:
-        if isinstance(part, str) and path and not isinstance(_model_at(tuple(path)), type):
-            break
-        path.append(part)
-    return tuple(path)
-
-
-def _model_at(path: KeyPath) -> type[BaseModel] | None:
-    """The section class that stands at `path`, if one does."""
-    model: type[BaseModel] | None = Recipe
-    for part in path:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(str(part)) if model else None
-        model = _section_in(field.annotation) if field else None
-    return model
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in typing.get_args(annotation):
-        found = _section_in(argument)
-        if found:
-            return found
-    return None
-
-
-def _describe(problem: dict[str, Any], path: KeyPath) -> tuple[str, str | None]:
-    """One problem in words, and a hint."""
-    kind, given, context = problem["type"], problem.get("input"), problem.get("ctx") or {}
-    if path and path[-1] == "trust_remote_code":  # in whichever section it is looked for
-        return (
-            f"cannot be set here: {OWNED_ELSEWHERE['trust_remote_code']}",
-            "leave it out; models of the families that transformers knows need no code of their own",
-        )
-    if kind == "extra_forbidden":
-        return _unknown_key(path)
-    if kind == "missing":
-        return "is missing", f"add {path[-1]}"
-    if kind == "literal_error":
-        model = _model_at(path[:-1])
-        field = model.model_fields.get(str(path[-1])) if model else None
-        choices = list(dict.fromkeys(str(choice) for choice in _choices(field.annotation))) if field else []
-        nearest = _nearest(given, choices, cutoff=0.6) if isinstance(given, str) else None
-        shown = ", ".join(choices) if len(choices) <= 16 else ", ".join(choices[:16]) + ", …"
-        return f"{excerpt(given)} is not one of: {shown}", f"did you mean {nearest!r}?" if nearest else None
-    if kind == "value_error":
-        return str(context.get("error", problem["msg"])), None
-    if kind == "model_type":
-        return (
-            f"must be a mapping of keys, not {excerpt(given)}",
-            f"indent its keys below {path[-1]}:" if path else None,
-        )
-    message = problem["msg"].removeprefix("Input ").replace("Value error, ", "")
-    message = message.replace("tuple", "list").replace("Tuple", "the list").replace("dictionary", "mapping")
-    if isinstance(given, (str, int, float)):
-        message += f", not {excerpt(given)}"
-    hint = None
-    if isinstance(given, str) and kind in ("float_type", "int_type", "bool_type"):
-        hint = "remove the quotes" if isinstance(parse_scalar(given), (int, float)) else None
-        if kind == "bool_type" and given.lower() in ("yes", "no", "on", "off", "y", "n"):
-            hint = "write true or false"  # YAML 1.2 knows no other words
-    return message, hint
-
-
-def _choices(annotation: Any) -> list[Any]:
-    if typing.get_origin(annotation) is typing.Literal:
-        return list(typing.get_args(annotation))
-    return [choice for argument in typing.get_args(annotation) for choice in _choices(argument)]
-
-
-def _unknown_key(path: KeyPath) -> tuple[str, str | None]:
-    """Say which known key is nearest: in the same section first, then anywhere in the recipe."""
-    section, key = path[:-1], str(path[-1])
-    message = "unknown key"
-    meant = MEANT.get(key) or ".".join(TOP_LEVEL.get(key, ()))
-    if meant:
-        return message, f"did you mean {meant}?"
-    model = _model_at(section) or Recipe
-    names = _offered(model)
-    nearest = _nearest(key, names, cutoff=0.7)
-    if nearest:
-        return message, f"did you mean {nearest!r}?"
-    for name, field in Recipe.model_fields.items():
-        other = _section_in(field.annotation)
-        if other is None or other is model:
-            continue
-        found = _nearest(key, _offered(other), cutoff=0.8)
-        if found:
-            place = f"{name}[]" if name == "adapters" else name
-            return message, f"did you mean {place}.{found}?"
-    nearest = _nearest(key, names, cutoff=0.55)
-    if nearest:
-        return message, f"did you mean {nearest!r}?"
-    return message, f"known here: {', '.join(names[:12])}"
-
-
-def _offered(section: type[BaseModel]) -> list[str]:
-    """The keys of a section that can be set there."""
-    hidden = OWNED_ELSEWHERE if section is TrainingSection else {}
-    return [name for name in section.model_fields if name not in hidden]
-
-
-def _nearest(word: str, names: Sequence[str], *, cutoff: float) -> str | None:
-    """The one of `names` that is most like `word`, by difflib. Long words, slow to compare, are like none."""
-    near = difflib.get_close_matches(word, names, n=1, cutoff=cutoff) if len(word) <= _LONGEST_NAME else []
-    return near[0] if near else None

@@ -6,24 +6,21 @@ import os
 from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from qhybrid.recipe.band import LONGEST_LAYERS, BandSection
+from qhybrid.recipe.data import DataSection
+from qhybrid.recipe.data import SourceSection as SourceSection
 from qhybrid.recipe.distributed import DistributedSection
 from qhybrid.recipe.excerpt import excerpt
 from qhybrid.recipe.section import Section, or_also
+from qhybrid.recipe.tasks import OWN_SECTIONS, TaskSection, check_tasks, fill_tasks, named_bands
 from qhybrid.recipe.training_fields import TrainingSection
 from qhybrid.units import parse_bytes
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 AttnImplementation = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 Method = Literal["nf4", "none"]
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-# One source needs no list, and a path alone needs no mapping.
-_ONE_SOURCE = ({"type": "string"}, {"type": "object"})
 
 
 def checkpointing_settings(training: TrainingSection) -> dict[str, Any]:
@@ -74,55 +71,6 @@ class QuantizationSection(Section):
     double_quant: bool = True
 
 
-class SourceSection(Section):
-    """One data source: a JSON, JSONL, CSV or Parquet file, or a data set on the hub."""
-
-    path: Annotated[str, Field(min_length=1)]
-    format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"] = "auto"
-    columns: dict[str, str] = Field(default_factory=dict)  # our name: the file's name
-    split: str = "train"  # hub data sets only
-    subset: str | None = None  # hub data sets only: the configuration's name
-    weight: Annotated[float, Field(gt=0)] | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None  # the first rows only
-
-
-class DataSection(Section):
-    """What to train and evaluate on."""
-
-    sources: Annotated[tuple[SourceSection, ...], Field(min_length=1, strict=False), or_also(*_ONE_SOURCE)]
-    eval_sources: Annotated[tuple[SourceSection, ...], Field(strict=False), or_also(*_ONE_SOURCE)] = ()
-    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # held out of `sources` by seeded choice
-    mixture: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
-    chat_template: str | None = None  # "chatml", "alpaca", or a .jinja file; the tokenizer's when left out
-    system_prompt: str | None = None  # for conversations that have none
-    max_dropped_fraction: Fraction = 0.05
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_source_needs_no_list(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        values = dict(values)
-        for key in ("sources", "eval_sources"):
-            given = values.get(key)
-            if isinstance(given, (str, dict)):
-                given = [given]
-            if isinstance(given, (list, tuple)):
-                values[key] = [{"path": item} if isinstance(item, str) else item for item in given]
-        return values
-
-    @model_validator(mode="after")
-    def _one_way_to_evaluate(self) -> Self:
-        if self.eval_sources and self.eval_fraction:
-            raise ValueError("give eval_sources or eval_fraction, not both")
-        weighted = [source.weight is not None for source in self.sources]
-        if any(weighted) and not all(weighted):
-            raise ValueError("give every source a weight, or none")
-        if any(source.weight is not None for source in self.eval_sources):
-            raise ValueError("weight has no effect on eval_sources: every row is used once")
-        return self
-
-
 class MemorySection(Section):
     """The memory that a run may use."""
 
@@ -147,8 +95,16 @@ class MemorySection(Section):
         return value
 
 
+def _either_one_or_tasks(schema: dict[str, Any]) -> None:
+    """Tell the JSON schema what `fill_tasks` makes up for."""
+    schema["required"] = [name for name in schema["required"] if name not in OWN_SECTIONS]
+    schema["anyOf"] = [{"required": ["adapters", "data"]}, {"required": ["tasks"]}]
+
+
 class Recipe(Section):
     """What one run does: frozen, validated, with every default filled in."""
+
+    model_config = ConfigDict(json_schema_extra=_either_one_or_tasks)
 
     model: ModelSection
     quantization: QuantizationSection = QuantizationSection()
@@ -157,6 +113,9 @@ class Recipe(Section):
     training: TrainingSection = TrainingSection()
     memory: MemorySection = MemorySection()
     distributed: DistributedSection = DistributedSection()
+    # Several adapters on one base model. adapters, data and training are then what tasks leave out.
+    tasks: Annotated[tuple[TaskSection, ...], Field(strict=False)] = ()
+    shared: BandSection | None = None  # an adapter that all tasks train beside their own
     output_dir: Annotated[str, Field(min_length=1)]
 
     @field_validator("output_dir")
@@ -178,6 +137,16 @@ class Recipe(Section):
         training = self.training
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
         return batch * self.distributed.processes
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_the_tasks(cls, values: Any) -> Any:
+        return fill_tasks(values)
+
+    @model_validator(mode="after")
+    def _tasks_agree(self) -> Self:
+        check_tasks(self)
+        return self
 
     @model_validator(mode="after")
     def _processes_are_one_batch(self) -> Self:
@@ -208,14 +177,7 @@ class Recipe(Section):
     def _name_the_bands(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("adapters"), (list, tuple)):
             return values
-        bands = []
-        for index, band in enumerate(values["adapters"]):
-            if isinstance(band, dict) and "band" not in band:
-                layers = band.get("layers", "all")
-                name = layers if isinstance(layers, str) and layers.isalpha() else f"band{index}"
-                band = {"band": name, **band}
-            bands.append(band)
-        return {**values, "adapters": bands}
+        return {**values, "adapters": named_bands(values["adapters"])}
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

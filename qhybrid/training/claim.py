@@ -123,7 +123,7 @@ def _bring_back(folder: Path) -> None:
 
 def discard_replaced(run: Run) -> None:
     """Remove the run that this one replaces, for good."""
-    aside, doomed = run.folder / _REPLACED, run.folder / f"{_REPLACED}.old"
+    aside, doomed = run.claimed / _REPLACED, run.claimed / f"{_REPLACED}.old"
     if doomed.is_dir():
         shutil.rmtree(doomed)  # left by a run that was killed right here
     if aside.is_dir():
@@ -133,7 +133,7 @@ def discard_replaced(run: Run) -> None:
 
 def has_replaced(run: Run) -> bool:
     """Whether an earlier run is set aside, to come back if this one takes no step."""
-    return (run.folder / _REPLACED).is_dir()
+    return (run.claimed / _REPLACED).is_dir()
 
 
 def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

@@ -14,7 +14,7 @@ from qhybrid.units import format_bytes, format_duration
 class ProgressDisplay:
     """Shows step, loss, tokens/s, time left, memory and live ranks. Plain lines come every `line_every` steps."""
 
-    def __init__(self, console: Console, *, line_every: int, initial_ranks: int) -> None:
+    def __init__(self, console: Console | NamedConsole, *, line_every: int, initial_ranks: int) -> None:
         self._console = console
         self._line_every = max(1, line_every)
         self._initial_ranks = initial_ranks
@@ -26,7 +26,7 @@ class ProgressDisplay:
     def begin(self, step: int, total_steps: int) -> None:
         """Start the display before step `step` + 1 of `total_steps`."""
         self._total, self._first_step, self._began = total_steps, step, time.perf_counter()
-        if self._console.is_terminal:
+        if isinstance(self._console, Console) and self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("training"),
                 BarColumn(bar_width=24),
@@ -77,3 +77,18 @@ class ProgressDisplay:
         if "live_ranks" in record:
             parts.append(f"ranks {sum(record['live_ranks'].values())}/{self._initial_ranks}")
         return "  ".join(parts)
+
+
+class NamedConsole:
+    """A console on which every line begins with a name: of one of several tasks that take turns.
+
+    A live line is not for it: a terminal has one for all.
+    """
+
+    def __init__(self, console: Console, name: str) -> None:
+        self._console, self._name = console, name
+
+    def print(self, text: str, **style: Any) -> None:
+        """As rich's."""
+        for line in text.splitlines():
+            self._console.print(f"{self._name}: {line}", **style)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from qhybrid.architecture.spec import ModelSpec
@@ -28,11 +29,21 @@ def what_is_left(run: Run) -> str:
 
 
 def out_of_memory(
-    recipe: Recipe, spec: ModelSpec, expected: Plan, longest: int, run: Run, error: Exception
+    recipe: Recipe,
+    spec: ModelSpec,
+    expected: Plan,
+    longest: int,
+    run: Run,
+    error: Exception,
+    as_override: Callable[[str], str] = str,
 ) -> TrainingError:
-    """What to change: the plan that expected this to fit was wrong here, so one is named that takes less."""
+    """What to change: the plan that expected this to fit was wrong here, so one is named that takes less.
+
+    Args:
+        as_override: the command line's word for what a word changes in `recipe`.
+    """
     message = f"out of memory; the plan expected {format_bytes(expected.needed)}: {str(error).splitlines()[0]}"
-    smaller = smaller_plan(recipe, spec, expected, longest)
+    smaller = smaller_plan(recipe, spec, expected, longest, as_override)
     if has_replaced(run):
         return TrainingError(message, hint=f"{_BACK}; start again with --overwrite and {smaller}")
     return TrainingError(message, hint=f"try {smaller}; {what_is_left(run)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from qhybrid.planner.holdings import adalora_scores, adapter_bytes, optimizer_st
 from qhybrid.planner.optimizers import rule_of
 from qhybrid.planner.plan import Budget, Plan, RankCap, make_plan
 from qhybrid.planner.solve import rank_caps, solve_rank, with_ranks
+from qhybrid.planner.tasks import lower_ranks, plan_tasks, task_caps, ways_to_fit_tasks
 from qhybrid.planner.workload import WIDTHS, Device
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.run import Run
 from qhybrid.units import format_bytes
+
+Longest = int | None | Mapping[str, int | None]  # tokens of the longest row; of each task, where there are several
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,13 @@ def plan_run(
     spec: ModelSpec,
     hardware: Hardware,
     *,
-    longest: int | None = None,
+    longest: Longest = None,
     earlier: tuple[RankCap, ...] | None = None,
 ) -> tuple[Recipe, Plan]:
     """The recipe with ranks that fit, and its plan; what happens otherwise says memory.on_exceed.
 
     Args:
-        longest: tokens of the longest row, where the recipe does not limit it.
+        longest: tokens of the longest row, where the recipe does not limit it; with tasks of each.
         earlier: the caps of the run that is to be resumed; its ranks are settled, and are not lowered again.
 
     Raises:
@@ -57,9 +61,12 @@ def plan_run(
         return recipe, asked
     can_cap = recipe.memory.on_exceed == "cap_rank" and earlier is None
     if can_cap:
-        capped = solve_rank(recipe, spec, plan, no_more_than_asked=True)
+        if recipe.tasks:
+            capped = lower_ranks(recipe, spec, plan)
+        else:
+            capped = solve_rank(recipe, spec, plan, no_more_than_asked=True)
         if capped is not None:
-            return capped, plan(capped, rank_caps(recipe, capped))
+            return capped, plan(capped, (task_caps if recipe.tasks else rank_caps)(recipe, capped))
     limit = asked.budget.vram or 0
     what = f"{format_bytes(asked.needed)} are needed and {format_bytes(limit)} are there ({asked.budget.source})"
     tried = ", even at the smallest ranks" if can_cap else ""
@@ -68,19 +75,25 @@ def plan_run(
             f"the run was started with more memory: {what}",
             hint="free memory, checkpoint more layers, or go on with memory.on_exceed=ignore",
         )
-    changes, enough = ways_to_fit(recipe, spec, plan)
+    changes, enough = (ways_to_fit_tasks if recipe.tasks else ways_to_fit)(recipe, spec, plan)
     words = " ".join(word for change in changes for word in change.overrides)
     hint = f"this fits: {words}" if enough else "no change of the recipe suffices; qhybrid plan shows what helps"
     raise MemoryPlanError(f"the plan does not fit{tried}: {what}", hint=hint)
 
 
-def expect(recipe: Recipe, spec: ModelSpec, hardware: Hardware, longest: int, caps: tuple[RankCap, ...]) -> Plan:
+def expect(
+    recipe: Recipe, spec: ModelSpec, hardware: Hardware, longest: Longest, caps: tuple[RankCap, ...]
+) -> Plan:
     """The plan for the data at hand, whose longest row has `longest` tokens: what will be measured."""
-    return _plan(recipe, spec, hardware, longest=None if recipe.training.packing else longest, caps=caps)
+    if isinstance(longest, Mapping):
+        longest = {task.name: None if task.training.packing else longest[task.name] for task in recipe.tasks}
+    elif recipe.training.packing:
+        longest = None
+    return _plan(recipe, spec, hardware, longest=longest, caps=caps)
 
 
 def _plan(recipe: Recipe, spec: ModelSpec, hardware: Hardware, **others: Any) -> Plan:
-    return make_plan(
+    return (plan_tasks if recipe.tasks else make_plan)(
         recipe,
         spec,
         hardware.budget,
@@ -90,11 +103,14 @@ def _plan(recipe: Recipe, spec: ModelSpec, hardware: Hardware, **others: Any) ->
     )
 
 
-def smaller_plan(recipe: Recipe, spec: ModelSpec, expected: Plan, longest: int) -> str:
+def smaller_plan(
+    recipe: Recipe, spec: ModelSpec, expected: Plan, longest: int, as_override: Callable[[str], str] = str
+) -> str:
     """The overrides of a plan whose tensors take a fifth less than one that ran out of memory, in one line.
 
     Args:
         longest: tokens of the longest row, as for `expect`.
+        as_override: the command line's word for what a word changes in `recipe`.
     """
     limit = expected.budget
 
@@ -105,7 +121,7 @@ def smaller_plan(recipe: Recipe, spec: ModelSpec, expected: Plan, longest: int) 
     here = plan(recipe)  # not `expected`, which knows what the process took before
     limit = replace(limit, vram=here.needed - here.allocated // 5, source="a fifth less")
     changes, _ = ways_to_fit(recipe, spec, plan)
-    words = " ".join(word for change in changes for word in change.overrides)
+    words = " ".join(as_override(word) for change in changes for word in change.overrides)
     return words or "a smaller model: nothing in the recipe takes much less"
 
 

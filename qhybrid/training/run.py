@@ -37,11 +37,13 @@ class Run:
     Attributes:
         resume_from: the checkpoint to go on from, or None for a fresh start.
         notes: what the user should know of other checkpoints.
+        whole: of the run of one task, the folder of the run of all, which is what was claimed.
     """
 
     folder: Path
     resume_from: Path | None = None
     notes: tuple[str, ...] = ()
+    whole: Path | None = None
 
     recipe_file = property(lambda self: self.folder / "recipe.yaml")
     layout_file = property(lambda self: self.folder / "layout.json")
@@ -52,6 +54,7 @@ class Run:
     events_file = property(lambda self: self.folder / "events.jsonl")
     checkpoints = property(lambda self: self.folder / "checkpoints")
     adapter = property(lambda self: self.folder / "adapter")
+    claimed = property(lambda self: self.whole or self.folder)
 
     def write_status(self, status: Status, **facts: Any) -> None:
         """Record the run's state in run.json, in one step."""

@@ -141,6 +141,12 @@ def restore_random_state(folder: Path, rank: int) -> bool:
     state = {k.removeprefix(prefix): v for k, v in read_tensors(folder / RNG).items() if k.startswith(prefix)}
     if not state:
         return False
+    assign_random_state(state)
+    return True
+
+
+def assign_random_state(state: dict[str, Tensor]) -> None:
+    """Put the random numbers of this process where they were when `random_state` gave `state`."""
     gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
     position, has_gauss = state["numpy_position"].tolist()
@@ -149,7 +155,6 @@ def restore_random_state(folder: Path, rank: int) -> bool:
     torch.random.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    return True
 
 
 def _plain(value: Any) -> Any:

@@ -26,13 +26,13 @@ from qhybrid.adapters.folder import trained_tensors
 from qhybrid.cli.main import quiet_libraries
 from qhybrid.errors import QhybridError
 from qhybrid.recipe.load import LoadedRecipe, parse_recipe
-from qhybrid.training import sft
+from qhybrid.training import session
 from qhybrid.training.processes import gather, place
 
 _trainers: list[Any] = []
 
 
-class _KeptTrainer(sft.BandedTrainer):
+class _KeptTrainer(session.BandedTrainer):
     """Can be looked at after the run."""
 
     def train(self, *args, **kwargs):
@@ -64,7 +64,7 @@ def _run(case: dict[str, Any], file: Path) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     quiet_libraries()
-    sft.BandedTrainer = _KeptTrainer
+    session.BandedTrainer = _KeptTrainer
     file = Path(sys.argv[1])
     cases = json.loads(file.read_text())
     torch.distributed.init_process_group("gloo")  # kept from case to case

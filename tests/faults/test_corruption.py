@@ -11,7 +11,7 @@ from rich.console import Console
 from runs import QUIET, assert_same, files_of, forget_repeats, moved_to, recipe_in, steps_of, train
 
 from qhybrid.errors import QhybridError
-from qhybrid.training import sft
+from qhybrid.training import session, sft
 
 IN_CHECKPOINT = (
     "adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "trainer_state.json",
@@ -30,7 +30,7 @@ def interrupted(tmp_path_factory, tiny_model_folder, uninterrupted):
     folder = tmp_path_factory.mktemp("interrupted")
     model = shutil.copytree(tiny_model_folder, folder / "model")
     loaded = recipe_in(folder, model, {"load_best_model_at_end": False})
-    stop = sft.BandedTrainer.training_step
+    stop = session.BandedTrainer.training_step
 
     def stopping(self, *args, **kwargs):
         if self.state.global_step == 4:
@@ -38,7 +38,7 @@ def interrupted(tmp_path_factory, tiny_model_folder, uninterrupted):
         return stop(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sft.BandedTrainer, "training_step", stopping)
+        patched.setattr(session.BandedTrainer, "training_step", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(loaded)
     assert sorted(item.name for item in (folder / "run" / "checkpoints").iterdir()) == [
@@ -62,12 +62,13 @@ def begin(loaded, monkeypatch: pytest.MonkeyPatch) -> tuple[str | None, str]:
     console = Console(record=True, width=500, file=open("/dev/null", "w"))  # noqa: SIM115
     started: list[str | None] = []
 
-    def train_nothing(prepared, info, run, *others):
-        started.append(None if run.resume_from is None else run.resume_from.name)
+    def train_nothing(self, model):
+        started.append(None if self.run.resume_from is None else self.run.resume_from.name)
         raise Begun
 
     with monkeypatch.context() as patched:
-        patched.setattr(sft, "_train", train_nothing)
+        patched.setattr(sft, "load_model", lambda recipe: None)
+        patched.setattr(session.Session, "build", train_nothing)
         try:
             train(loaded, resume=True, console=console)
         except Begun:

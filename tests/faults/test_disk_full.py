@@ -26,7 +26,7 @@ from runs import (
 from qhybrid.adapters.folder import save_adapter
 from qhybrid.architecture.layout import Layout
 from qhybrid.errors import RunFolderError, TrainingError
-from qhybrid.training import sft
+from qhybrid.training import session
 from qhybrid.training.events import EventLog, read_events
 from qhybrid.training.planning import checkpoint_bytes
 from qhybrid.training.trainer import BandedTrainer
@@ -94,7 +94,7 @@ def test_the_disk_fills_while_the_adapter_is_written(tmp_path, uninterrupted, mo
         save_adapter(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sft, "save_adapter", save)
+        patched.setattr(session, "save_adapter", save)
         with pytest.raises(TrainingError, match=r"the disk is full: .* could not be written") as caught:
             train(again)
     monkeypatch.undo()

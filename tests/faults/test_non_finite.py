@@ -15,7 +15,7 @@ from runs import WITH_DROPOUT, recipe_in, status_of, steps_of, train
 
 from qhybrid.errors import NonFiniteError
 from qhybrid.recipe.load import LoadedRecipe
-from qhybrid.training import sft
+from qhybrid.training import session
 from qhybrid.training.arguments import training_arguments
 from qhybrid.training.callbacks.watch import LossWatch
 from qhybrid.training.events import read_events
@@ -80,7 +80,7 @@ def test_the_step_is_not_taken(tmp_path, tiny_model_folder, monkeypatch, where, 
     loaded = numbered(tmp_path, tiny_model_folder, **training)
     seen: dict[Any, Any] = {}
     trainer = type("PoisonedHere", (Poisoned,), {"where": where, "value": float(value), "seen": seen, "calls": 0})
-    monkeypatch.setattr(sft, "BandedTrainer", trainer)
+    monkeypatch.setattr(session, "BandedTrainer", trainer)
     with pytest.raises(NonFiniteError, match=f"the {where}.* at step 4; the step was not taken") as caught:
         train(loaded)
     assert caught.value.exit_code == 1 and trainer.calls == 8
@@ -123,7 +123,7 @@ def test_a_leap_is_told_with_its_rows(tmp_path, tiny_model_folder, monkeypatch):
     Leaping.seen = seen
     few = [{"layers": "top", "rank": 2}]  # to be quick
     loaded = numbered(tmp_path, tiny_model_folder, few, max_steps=30, learning_rate=1e-6)
-    monkeypatch.setattr(sft, "BandedTrainer", Leaping)
+    monkeypatch.setattr(session, "BandedTrainer", Leaping)
     train(loaded)
     (event,) = read_events(tmp_path / "run" / "events.jsonl", "loss_spike")
     steps = steps_of(tmp_path / "run")

@@ -17,7 +17,7 @@ from qhybrid.architecture.spec import read_spec
 from qhybrid.errors import TrainingError
 from qhybrid.planner.plan import Budget, make_plan
 from qhybrid.recipe.load import dump_recipe, parse_recipe
-from qhybrid.training import sft
+from qhybrid.training import session
 from qhybrid.training.events import read_events
 from qhybrid.training.trainer import BandedTrainer
 
@@ -86,7 +86,7 @@ def run_with(monkeypatch, loaded, folder: Path, faults, **options: Any) -> dict[
     seen: dict[int, list[int]] = {}
     stop_before = options.pop("stop_before", None)
     with monkeypatch.context() as patched:
-        patched.setattr(sft, "BandedTrainer", failing(faults, seen, stop_before=stop_before))
+        patched.setattr(session, "BandedTrainer", failing(faults, seen, stop_before=stop_before))
         try:
             train(moved_to(folder, loaded), **options)
         except KeyboardInterrupt:
@@ -162,7 +162,7 @@ def test_at_one_row_there_is_nothing_to_split(tmp_path, tiny_model_folder, monke
     seen: dict[int, list[int]] = {}
     console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
     with monkeypatch.context() as patched:
-        patched.setattr(sft, "BandedTrainer", failing({3: (place, 0)}, seen))
+        patched.setattr(session, "BandedTrainer", failing({3: (place, 0)}, seen))
         with pytest.raises(TrainingError, match="out of memory; the plan expected") as caught:
             train(loaded, console=console)
     assert caught.value.exit_code == 1 and WORDS in str(caught.value)

@@ -63,18 +63,18 @@ def trained(request, tmp_path_factory, tiny_model_folder):
         training={"max_steps": 20, "learning_rate": 2e-2},
     )
     kept = {}
-    from qhybrid.training import sft
+    from qhybrid.training import session
 
-    class Keep(sft.BandedTrainer):
+    class Keep(session.BandedTrainer):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
             kept["trainer"] = self
 
-    original, sft.BandedTrainer = sft.BandedTrainer, Keep
+    original, session.BandedTrainer = session.BandedTrainer, Keep
     try:
         result = run_sft(loaded, console=Console(quiet=True))
     finally:
-        sft.BandedTrainer = original
+        session.BandedTrainer = original
     model = kept["trainer"].model.eval()
     with torch.no_grad():
         logits = model(TOKENS).logits

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import prepare_data
 from qhybrid.errors import RecipeError, RunFolderError
-from qhybrid.training import sft
+from qhybrid.training import session
 from qhybrid.training.checkpoint import is_whole, newest_sealed, prune, seal
 from qhybrid.training.events import read_events
 from qhybrid.training.preflight import preflight, settle
@@ -123,13 +123,13 @@ def test_resuming_is_exact(of_each_kind, step):
 def test_settings_take_effect_after_a_resume(uninterrupted, monkeypatch):
     """No group is empty, none lost its parameters, and the final ranks are those of the recipe."""
     groups = []
-    create = sft.BandedTrainer.create_optimizer
+    create = session.BandedTrainer.create_optimizer
 
     def kept(self, model=None):
         groups.append([(g["name"], len(g["params"])) for g in create(self, model).param_groups])
         return self.optimizer
 
-    monkeypatch.setattr(sft.BandedTrainer, "create_optimizer", kept)
+    monkeypatch.setattr(session.BandedTrainer, "create_optimizer", kept)
     loaded, _ = interrupted_at(uninterrupted, 39)
     result = run_sft(loaded, resume=True, console=QUIET)
     assert {name for name, _ in groups[0]} == set(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from qhybrid.errors import AllocationError, DataError, NonFiniteError, RecipeError, RunFolderError
 from qhybrid.recipe.load import dump_recipe
-from qhybrid.training import sft
+from qhybrid.training import session
 from qhybrid.training.claim import claim, discard_replaced, has_replaced
 from qhybrid.training.events import read_events
 from qhybrid.training.preflight import settle
@@ -83,7 +83,7 @@ def test_non_finite_stops_before_the_optimizer_step(tmp_path, tiny_model_folder,
             next(p for p in model.parameters() if p.requires_grad).register_hook(lambda g: g * float("inf"))
             return loss
 
-    monkeypatch.setattr(sft, "BandedTrainer", Poisoned)
+    monkeypatch.setattr(session, "BandedTrainer", Poisoned)
     with pytest.raises(NonFiniteError, match="step 4") as caught:
         run_sft(loaded, console=QUIET)
     assert caught.value.exit_code == 1
@@ -255,7 +255,7 @@ def test_an_interrupted_overwrite_says_so(finished, tmp_path, tiny_model_folder,
         def compute_loss(self, *args, **kwargs):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sft, "BandedTrainer", Interrupted)
+    monkeypatch.setattr(session, "BandedTrainer", Interrupted)
     console = Console(record=True, quiet=False, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
     with pytest.raises(KeyboardInterrupt):
         run_sft(run_recipe(tmp_path, tiny_model_folder), overwrite=True, console=console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
@@ -31,8 +32,19 @@ class Display(Protocol):
 class RecordSteps(TrainerCallback):
     """Collects each step's figures from the trainer and hands them to the log and the display."""
 
-    def __init__(self, trainer: BandedTrainer, events: EventLog, display: Display) -> None:
+    def __init__(
+        self,
+        trainer: BandedTrainer,
+        events: EventLog,
+        display: Display,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """
+        Args:
+            clock: seconds; one that stands still where the steps of others are taken.
+        """
         self._trainer = trainer
+        self._clock = clock
         self._events = events
         self._display = display
         self._tokens = 0
@@ -40,7 +52,7 @@ class RecordSteps(TrainerCallback):
         self._learning_rates: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self._started = time.perf_counter()
+        self._started = self._clock()
         self._tokens = self._trainer.num_train_tokens
         self._events.write("begin", step=state.global_step, total_steps=state.max_steps)
         self._display.begin(state.global_step, state.max_steps)
@@ -51,7 +63,7 @@ class RecordSteps(TrainerCallback):
         self._learning_rates = {group.get("name", str(i)): group["lr"] for i, group in enumerate(groups)}
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        trainer, now = self._trainer, time.perf_counter()
+        trainer, now = self._trainer, self._clock()
         seconds, tokens = now - self._started, trainer.num_train_tokens - self._tokens
         record: dict[str, Any] = {
             "step": state.global_step,
@@ -70,14 +82,14 @@ class RecordSteps(TrainerCallback):
         self._events.write("step", **record)
         self._display.step(record)
         trainer.begin_step()
-        self._started, self._tokens = time.perf_counter(), trainer.num_train_tokens
+        self._started, self._tokens = self._clock(), trainer.num_train_tokens
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
         record = {"step": state.global_step, **(metrics or {})}
         self._events.write("evaluation", **record)
         self._display.evaluated(record)
-        self._started = time.perf_counter()  # the next step's speed is its own
+        self._started = self._clock()  # the next step's speed is its own
 
     def on_save(self, args, state, control, **kwargs) -> None:
         self._events.write("checkpoint", step=state.global_step)
-        self._started = time.perf_counter()
+        self._started = self._clock()

@@ -1,0 +1,228 @@
+"""The plan of several tasks in one process: one base, the adapters and states of all, the activations of one.
+
+Steps of the tasks come one after the other, so that only the largest task's activations count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from qhybrid.architecture.bands import build_layout
+from qhybrid.architecture.concatenate import concatenate
+from qhybrid.architecture.layout import Layout
+from qhybrid.architecture.spec import ModelSpec
+from qhybrid.planner import constants
+from qhybrid.planner.advise import Change, ways_to_fit
+from qhybrid.planner.holdings import adalora_scores, adapter_bytes, dora_norms, optimizer_states
+from qhybrid.planner.memory import Prediction, predict
+from qhybrid.planner.optimizers import rule_of
+from qhybrid.planner.plan import Budget, Plan, RankCap, assemble
+from qhybrid.planner.solve import Planner, fits, largest, largest_ranks, rank_caps, with_ranks
+from qhybrid.planner.workload import WIDTHS, Device
+from qhybrid.recipe.schema import Recipe
+from qhybrid.recipe.tasks import OWN_SECTIONS, shared_recipe, task_recipes, with_task_recipes
+
+SHARED = "shared"  # in the place of a task's name
+_SHARES = 64  # ranks are lowered in so many steps
+_OF_THE_BASE = ("base weights", "unquantised weights")
+_STATIC = (*_OF_THE_BASE, "adapters", "optimizer states", "AdaLoRA scores", "DoRA norms")
+
+
+def plan_tasks(
+    recipe: Recipe,
+    spec: ModelSpec,
+    budget: Budget,
+    *,
+    device: Device = "cuda",
+    longest: Mapping[str, int | None] | None = None,
+    caps: tuple[RankCap, ...] = (),
+    process_bytes: int = constants.PROCESS_BYTES,
+) -> Plan:
+    """Plan a recipe with tasks on this model.
+
+    Args:
+        longest: tokens of the longest row of each task, where the data is known.
+        caps, process_bytes: as for `make_plan`.
+
+    Raises:
+        LayoutError: the bands of a task do not fit the model.
+    """
+    parts = _parts(recipe)
+    layouts = {name: build_layout(part.adapters, spec) for name, part in parts.items()}
+    shared = layouts.get(SHARED) if recipe.shared else None
+    predictions = {
+        name: predict(
+            part,
+            spec,
+            layouts[name] if shared is None else concatenate(shared, layouts[name]),
+            device=device,
+            longest=(longest or {}).get(name),
+        )
+        for name, part in task_recipes(recipe).items()
+    }
+    lead = max(predictions, key=lambda name: _passing(predictions[name]))
+    prediction = _together(parts, layouts, predictions, lead, device)
+    rows = tuple(replace(row, band=_named(name, row.band)) for name, layout in layouts.items() for row in layout)
+    plan = assemble(
+        recipe,
+        spec,
+        budget,
+        Layout(rows),
+        prediction,
+        device=device,
+        caps=caps,
+        process_bytes=process_bytes,
+        threads=len(predictions) + 1,
+    )
+    return replace(plan, largest_task=lead)
+
+
+def _parts(recipe: Recipe) -> dict[str, Recipe]:
+    """The adapters that are trained: the recipe of each task and, first, that of what all share."""
+    shared = shared_recipe(recipe)
+    return ({SHARED: shared} if shared else {}) | task_recipes(recipe)
+
+
+def _named(name: str, band: str) -> str:
+    """A band among those of all tasks; what all share is one."""
+    return SHARED if name == SHARED else f"{name}.{band}"
+
+
+def _passing(prediction: Prediction) -> int:
+    """What comes and goes in a step, at its most."""
+    return prediction.peak - prediction.moments["model and states"]
+
+
+def _together(
+    parts: Mapping[str, Recipe],
+    layouts: Mapping[str, Layout],
+    predictions: Mapping[str, Prediction],
+    lead: str,
+    device: Device,
+) -> Prediction:
+    """The prediction of all tasks, from those of each task with the shared adapter."""
+    rounding = 512 if device == "cuda" else 1
+    largest = predictions[lead]
+    static = {name: largest.components.get(name, 0) for name in _OF_THE_BASE}
+    static |= dict.fromkeys(_STATIC[len(_OF_THE_BASE) :], 0)
+    bands: dict[str, int] = {}
+    unified = 0
+    for name, part in parts.items():
+        layout, width = layouts[name], WIDTHS[part.adapter_dtype]
+        own = adapter_bytes(layout, width, rounding)
+        on_device, paged = optimizer_states(layout, width, rule_of(part.training.optim), rounding, device)
+        bands |= {_named(name, band): size for band, size in own.items()}
+        unified += paged
+        static["adapters"] += sum(own.values())
+        static["optimizer states"] += on_device
+        static["AdaLoRA scores"] += adalora_scores(layout, rounding)
+        static["DoRA norms"] += dora_norms(layout, rounding)
+    resting = sum(static.values())
+    moments = {"model and states": resting}
+    for prediction in predictions.values():
+        for moment, total in prediction.moments.items():
+            passing = total - prediction.moments["model and states"]
+            moments[moment] = max(moments.get(moment, 0), resting + passing)
+    passing = {name: size for name, size in largest.components.items() if name not in _STATIC}
+    assumptions = [f"activations of one task at a time; {lead} takes most"]
+    for name, prediction in predictions.items():
+        assumptions += [f"{name}: {text}" for text in prediction.assumptions]
+    return Prediction(
+        peak=resting + _passing(largest),
+        moment=largest.moment,
+        components={name: size for name, size in (static | passing).items() if size},
+        moments=moments,
+        bands=bands,
+        unified=unified,
+        host=0,
+        assumptions=tuple(assumptions),
+    )
+
+
+# ---- what to change ----
+
+
+def lower_ranks(recipe: Recipe, spec: ModelSpec, plan: Planner) -> Recipe | None:
+    """The ranks of all tasks, and of what they share, lowered by about the same share as far as it fits.
+
+    In 64ths of the bytes of each; within a task as `solve_rank` lowers them.
+
+    Returns:
+        None if not even the smallest ranks fit.
+    """
+    parts = _parts(recipe)
+
+    def lowered(share: int) -> Recipe:
+        changed = {name: _with_share(part, spec, share / _SHARES) for name, part in parts.items()}
+        shared = changed.pop(SHARED) if recipe.shared else None
+        return with_task_recipes(recipe, changed, shared)
+
+    best = largest(0, _SHARES, lambda share: fits(plan, lowered(share)))
+    return None if best is None else lowered(best)
+
+
+def _with_share(recipe: Recipe, spec: ModelSpec, share: float) -> Recipe:
+    """The largest ranks at which the adapters take that share of what they were asked to take."""
+    allowed = share * build_layout(recipe.adapters, spec).num_parameters
+    lowest = with_ranks(
+        recipe, {band.band: band.smallest_rank for band in recipe.adapters if band.rank_weight > 0}
+    )
+    found = largest_ranks(
+        recipe,
+        spec,
+        lambda tried: build_layout(tried.adapters, spec).num_parameters <= allowed,
+        no_more_than_asked=True,
+    )
+    return found or lowest
+
+
+def task_caps(asked: Recipe, got: Recipe) -> tuple[RankCap, ...]:
+    """What every band of every task asked for and got."""
+    after = _parts(got)
+    return tuple(
+        replace(cap, band=_named(name, cap.band))
+        for name, part in _parts(asked).items()
+        for cap in rank_caps(part, after[name])
+    )
+
+
+def ways_to_fit_tasks(recipe: Recipe, spec: ModelSpec, plan: Planner) -> tuple[list[Change], bool]:
+    """As `ways_to_fit`: changes of the task whose activations are largest, then of the one that is so then."""
+    taken: list[Change] = []
+    seen: set[str] = set()
+    while (here := plan(recipe)).fits is False:
+        name = here.largest_task
+        if name is None or name in seen:
+            return taken, False
+        seen.add(name)
+        now = recipe
+
+        def replan(tried: Recipe, name: str = name, now: Recipe = now) -> Plan:
+            return plan(with_task(now, name, tried))
+
+        changes, enough = ways_to_fit(task_recipes(now)[name], spec, replan)
+        for change in changes:
+            recipe = with_task(now, name, change.recipe)
+            words = tuple(task_override(recipe, name, word) for word in change.overrides)
+            taken.append(replace(change, overrides=words, recipe=recipe))
+        if enough:
+            return taken, True
+    return taken, True
+
+
+def with_task(recipe: Recipe, name: str, changed: Recipe) -> Recipe:
+    """The recipe with another recipe of one task; what that changes of the model counts for all."""
+    replaced = with_task_recipes(recipe, task_recipes(recipe) | {name: changed}, shared_recipe(recipe))
+    whole = {section: getattr(changed, section) for section in ("model", "quantization", "memory")}
+    return replaced.model_copy(update=whole)
+
+
+def task_override(recipe: Recipe, name: str, word: str) -> str:
+    """The command line's word for a task that changes what `word` changes in a recipe of its own."""
+    if word.split(".")[0] not in OWN_SECTIONS:
+        return word
+    names = [task.name for task in recipe.tasks]
+    # The command line splits at dots, and takes digits for a place in the list.
+    shown = str(names.index(name)) if "." in name or name.isdigit() else name
+    return f"tasks.{shown}.{word}"

@@ -1,0 +1,242 @@
+"""The recipe's section tasks: several adapters on one base model, trained in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic_core import InitErrorDetails
+
+from qhybrid.recipe.band import BandSection
+from qhybrid.recipe.data import DataSection
+from qhybrid.recipe.excerpt import excerpt
+from qhybrid.recipe.section import Section
+from qhybrid.recipe.training_fields import TrainingSection
+
+if TYPE_CHECKING:
+    from qhybrid.recipe.schema import Recipe
+
+FOLDER = "tasks"  # of the runs of the tasks, in the run folder
+OWN_SECTIONS = ("adapters", "data", "training")  # a task's own; what it leaves out, the recipe says for all
+_BY_KEY = ("data", "training")  # a task may give some of their keys; adapters are taken as a whole
+
+# The libraries keep these once for a process.
+_ONE_FOR_ALL = (
+    "use_cpu", "bf16", "fp16", "tf32", "full_determinism", "use_liger_kernel", "liger_kernel_config",
+    "torch_compile", "torch_compile_backend", "torch_compile_mode", "log_level", "log_level_replica",
+)  # fmt: skip
+# One optimizer state moves the shared factors, and one checkpoint holds all tasks.
+_ONE_FOR_SHARED = (
+    "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "save_total_limit", "save_only_model",
+)  # fmt: skip
+_ONE_PARAMETER_AT_A_TIME = ("adam", "paged_adam", "lion", "paged_lion", "sgd", "adagrad", "rmsprop", "ademamix")
+
+
+class TaskSection(Section):
+    """One task: its name, how often its steps come, and what it does not share with the others."""
+
+    # Editors see the file, where the recipe says for all what a task leaves out.
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema.update(required=["name"]))
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
+    weight: Annotated[float, Field(gt=0)] = 1.0  # of its optimizer steps among those of the others
+    adapters: Annotated[tuple[BandSection, ...], Field(min_length=1, strict=False)]
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+
+
+def fill_tasks(values: Any) -> Any:
+    """Raw values of a recipe in which every task has all its sections; the recipe's own are those of the first.
+
+    Raises:
+        ValidationError: a setting for all tasks that every task replaces.
+    """
+    if not isinstance(values, dict) or not values.get("tasks"):
+        if isinstance(values, dict) and values.get("tasks") == []:
+            raise _refused(("tasks",), "is empty; leave it out to train one adapter")
+        return values
+    given = values["tasks"]
+    if not isinstance(given, (list, tuple)) or not all(isinstance(task, dict) for task in given):
+        return values
+    for section in OWN_SECTIONS:
+        for key in _keys(values, section):
+            if all(_gives(task, (section, *key)) for task in given):
+                name = key[0] if key else section
+                raise _refused((section, *key), f"has no effect: every task has its own {name}")
+    tasks = [dict(task) for task in given]
+    for task in tasks:
+        for section in OWN_SECTIONS:
+            whole, own = values.get(section), task.get(section)
+            if own is None and whole is not None:
+                task[section] = whole
+            elif section in _BY_KEY and isinstance(own, dict) and isinstance(whole, dict):
+                task[section] = {**whole, **own}
+        if isinstance(task.get("adapters"), (list, tuple)):
+            task["adapters"] = named_bands(task["adapters"])
+    filled = {section: tasks[0][section] for section in OWN_SECTIONS if section in tasks[0]}
+    if isinstance(values.get("shared"), dict):
+        filled["shared"] = {"band": "shared", **values["shared"]}
+    return {**values, **filled, "tasks": tasks}
+
+
+def named_bands(bands: list | tuple) -> list:
+    """Raw bands, of which those without a name are called after their layers or their place in the list."""
+    named = []
+    for index, band in enumerate(bands):
+        if isinstance(band, dict) and "band" not in band:
+            layers = band.get("layers", "all")
+            name = layers if isinstance(layers, str) and layers.isalpha() else f"band{index}"
+            band = {"band": name, **band}
+        named.append(band)
+    return named
+
+
+def told_at(values: Mapping[str, Any], path: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Where the recipe says what stands at `path` once its tasks are filled: in the task, or for all of them.
+
+    Args:
+        values: of the recipe, before `fill_tasks`.
+    """
+    tasks = values.get("tasks")
+    if not tasks or not path or not isinstance(tasks, (list, tuple)):
+        return path
+    if path[0] in OWN_SECTIONS:
+        by_tasks = [_gives(task, path) for task in tasks]
+        is_of_first = by_tasks[0] and not all(by_tasks)  # where all give it, the problem is that of `fill_tasks`
+        return ("tasks", 0, *path) if is_of_first or not _gives(values, path) else path
+    if path[0] == "tasks" and len(path) > 2 and path[2] in OWN_SECTIONS:
+        task, inner = tasks[int(path[1])], path[2:]
+        if not _gives(task, inner) and _gives(values, inner):
+            return inner
+    return path
+
+
+def task_recipes(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe of each task, by its name: what a run of this task alone would be given."""
+    return {
+        task.name: recipe.model_copy(
+            update={
+                **{section: getattr(task, section) for section in OWN_SECTIONS},
+                "tasks": (),
+                "shared": None,
+                "output_dir": str(Path(recipe.output_dir) / FOLDER / task.name),
+            }
+        )
+        for task in recipe.tasks
+    }
+
+
+def shared_recipe(recipe: Recipe) -> Recipe | None:
+    """The recipe of the adapter that all tasks share, as if it were alone."""
+    if recipe.shared is None:
+        return None
+    return recipe.model_copy(update={"adapters": (recipe.shared,), "tasks": (), "shared": None})
+
+
+def with_task_recipes(recipe: Recipe, recipes: Mapping[str, Recipe], shared: Recipe | None = None) -> Recipe:
+    """Undo `task_recipes` and `shared_recipe`, after all were changed alike in what belongs to all."""
+    tasks = tuple(
+        task.model_copy(update={section: getattr(recipes[task.name], section) for section in OWN_SECTIONS})
+        for task in recipe.tasks
+    )
+    first = recipes[tasks[0].name]
+    own = {section: getattr(first, section) for section in OWN_SECTIONS}
+    band = shared.adapters[0] if shared else None
+    return recipe.model_copy(update={**own, "model": first.model, "tasks": tasks, "shared": band})
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """Refuse tasks that cannot be trained together, or one by one.
+
+    Raises:
+        ValidationError: with the place of what is wrong.
+    """
+    if not recipe.tasks:
+        if recipe.shared is not None:
+            raise _refused(("shared",), "has no effect without tasks")
+        return
+    if not recipe.distributed.is_single:
+        raise _refused(("distributed",), "tasks train in one process without ZeRO: leave distributed out")
+    names = [task.name for task in recipe.tasks]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise _refused(
+                ("tasks", index, "name"), f"two tasks are called {name!r}; each has a folder of its own"
+            )
+    for index, (task, own) in enumerate(zip(recipe.tasks, task_recipes(recipe).values(), strict=True)):
+        trackers = task.training.report_to or "none"
+        if not {"none", "tensorboard"}.issuperset([trackers] if isinstance(trackers, str) else trackers):
+            message = "tasks can report to tensorboard alone: the other trackers know one run in a process"
+            raise _refused(("tasks", index, "training", "report_to"), message)
+        try:
+            type(recipe).model_validate({name: getattr(own, name) for name in type(recipe).model_fields})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            message = str(problem.get("ctx", {}).get("error", problem["msg"]))
+            raise _refused(("tasks", index), message) from None
+    _require_one(recipe, _ONE_FOR_ALL, "is one for the whole process")
+    if recipe.shared is not None:
+        _check_shared(recipe, recipe.shared)
+
+
+def _check_shared(recipe: Recipe, shared: BandSection) -> None:
+    if len(recipe.tasks) < 2:
+        raise _refused(("shared",), "has no effect with a single task")
+    for index, task in enumerate(recipe.tasks):
+        if task.name == "shared":
+            raise _refused(("tasks", index, "name"), "beside shared no task can have that name")
+    places = {("shared", "kind"): shared} | {
+        ("tasks", index, "adapters", number, "kind"): band
+        for index, task in enumerate(recipe.tasks)
+        for number, band in enumerate(task.adapters)
+    }
+    for place, band in places.items():
+        if band.kind not in ("lora", "rslora"):
+            raise _refused(
+                place, f"{band.kind} makes no sum with another adapter: beside shared there are lora and rslora"
+            )
+    _require_one(recipe, _ONE_FOR_SHARED, "is one for all beside shared")
+    for index, task in enumerate(recipe.tasks):
+        training = task.training
+        at = ("tasks", index, "training")
+        if not training.optim.startswith(_ONE_PARAMETER_AT_A_TIME):
+            raise _refused((*at, "optim"), f"{training.optim} cannot share its states; use an AdamW beside shared")
+        if training.load_best_model_at_end or training.save_strategy == "best":
+            name = "load_best_model_at_end" if training.load_best_model_at_end else "save_strategy"
+            raise _refused(
+                (*at, name), "beside shared there is no best of one task: the others have gone on since"
+            )
+        if training.train_sampling_strategy == "batch_rebalance":
+            raise _refused((*at, "train_sampling_strategy"), "batch_rebalance cannot be resumed beside shared")
+
+
+def _require_one(recipe: Recipe, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        values = [getattr(task.training, name) for task in recipe.tasks]
+        for index, value in enumerate(values):
+            if value != values[0]:
+                message = f"{why}, and task {recipe.tasks[0].name!r} has {excerpt(values[0])}"
+                raise _refused(("tasks", index, "training", name), message)
+
+
+def _keys(values: Mapping[str, Any], section: str) -> list[tuple[str, ...]]:
+    """The paths, inside a section, at which a task can replace what the recipe says for all."""
+    given = values.get(section)
+    if given is None:
+        return []
+    return [(key,) for key in given] if section in _BY_KEY and isinstance(given, dict) else [()]
+
+
+def _gives(values: Any, path: tuple[int | str, ...]) -> bool:
+    """Whether the recipe, or a task, says itself what stands at `path`."""
+    given = values.get(path[0]) if isinstance(values, Mapping) else None
+    if given is None:
+        return False
+    return path[0] not in _BY_KEY or len(path) == 1 or (isinstance(given, dict) and path[1] in given)
+
+
+def _refused(place: tuple[int | str, ...], message: str) -> ValidationError:
+    details = InitErrorDetails(type="value_error", loc=place, input=None, ctx={"error": ValueError(message)})
+    return ValidationError.from_exception_data("Recipe", [details])

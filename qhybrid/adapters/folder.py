@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qhybrid.adapters.access import DIRECT, Access
 from qhybrid.adapters.attach import ADAPTER, adapted_modules
 from qhybrid.adapters.dora import refresh_norms
-from qhybrid.adapters.info import INFO, LAYOUT, AdapterInfo, read_adapter
+from qhybrid.adapters.info import INFO, LAYOUT, AdapterInfo, adapter_of_run, read_adapter
 from qhybrid.adapters.int8 import WEIGHTS as INT8_WEIGHTS
 from qhybrid.adapters.int8 import int8_tensors, plain_tensors
 from qhybrid.adapters.peft_folder import CONFIG, read_peft_folder, write_peft_folder
@@ -166,10 +166,7 @@ def read_plain(folder: Path) -> PlainAdapter:
     """
     if not folder.is_dir():
         raise AdapterError(f"there is no folder {folder}", hint="name an adapter folder or a run folder")
-    if (folder / "run.json").is_file():
-        if not (folder / "adapter").is_dir():
-            raise AdapterError(f"the run in {folder} has not finished: it has no adapter yet")
-        folder = folder / "adapter"
+    folder = adapter_of_run(folder)
     refuse_links_out(folder)
     below = sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))
     if below and not any((folder / name).is_file() for name in (INFO, CONFIG)):

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from qhybrid.architecture.layout import Layout, first_fault
 from qhybrid.errors import AdapterError
 from qhybrid.recipe.schema import AttnImplementation, Dtype, Method
+from qhybrid.recipe.tasks import FOLDER
 
 LAYOUT, INFO = "layout.json", "adapter.json"
 FORMAT_VERSION = 1
@@ -36,6 +37,22 @@ class AdapterInfo:
     base_sha256: dict[str, str] | None = None  # of the base model's weight files, by name
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+
+def adapter_of_run(folder: Path) -> Path:
+    """The adapter in a run folder; any other folder as it is.
+
+    Raises:
+        AdapterError: the run has none yet, or one for each of its tasks.
+    """
+    if not (folder / "run.json").is_file():
+        return folder
+    if (folder / "adapter").is_dir():
+        return folder / "adapter"
+    tasks = sorted(run.parent for run in (folder / FOLDER).glob("*/run.json"))
+    if tasks:
+        raise AdapterError(f"the run in {folder} has an adapter for each task", hint=f"name one: {tasks[0]}")
+    raise AdapterError(f"the run in {folder} has not finished: it has no adapter yet")
 
 
 def read_adapter(folder: Path) -> tuple[Layout, AdapterInfo]:

@@ -80,6 +80,7 @@ def command(
     quiet_libraries()
     from rich.console import Console
 
+    from qhybrid.adapters.info import adapter_of_run
     from qhybrid.data.prepare import prepare_file
     from qhybrid.evaluation.evaluate import evaluate
     from qhybrid.evaluation.models import load_adapter_for_inference, load_base_for_inference
@@ -90,10 +91,7 @@ def command(
         folder = Path(adapter)
         if not folder.exists():
             raise AdapterError(f"there is no {folder}", hint="name an adapter folder or a run folder")
-        if (folder / "run.json").is_file():
-            folder = folder / "adapter"
-            if not folder.is_dir():
-                raise AdapterError(f"the run in {adapter} has not finished: it has no adapter yet")
+        folder = adapter_of_run(folder)
         loaded, tokenizer, info = load_adapter_for_inference(folder, model, attn_implementation)
         system_prompt, date = info.system_prompt, info.date
     else:

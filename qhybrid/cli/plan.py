@@ -77,8 +77,12 @@ def command(
     chosen = device or ("cpu" if loaded.training.use_cpu else "cuda")
     budget = _budget(loaded, vram, gpu, context, chosen)
     if recommend:
+        if loaded.tasks:
+            raise click.UsageError("--recommend is for one adapter: leave the section tasks out")
         _recommend(loaded, facts, budget, chosen, task or "", rows or 0, tokens_per_row, as_json)
         return
+    if loaded.tasks and (quantity or simulate):
+        raise click.UsageError("--solve and --simulate are for one adapter: leave the section tasks out")
     if simulate and not loaded.distributed.is_single:
         raise click.UsageError("--simulate runs one process without ZeRO: leave the section distributed out")
     planned, result, found = (
@@ -149,8 +153,9 @@ def _budget(recipe: Recipe, vram: str | None, gpu: str | None, context: str | No
 
 def _plan(recipe: Recipe, facts: ModelFacts, budget: Budget, device: Any) -> tuple[Recipe, Plan]:
     from qhybrid.planner.plan import make_plan
+    from qhybrid.planner.tasks import plan_tasks
 
-    return recipe, make_plan(recipe, facts.spec, budget, device=device)
+    return recipe, (plan_tasks if recipe.tasks else make_plan)(recipe, facts.spec, budget, device=device)
 
 
 def _solve(

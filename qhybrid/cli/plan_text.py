@@ -12,10 +12,13 @@ from qhybrid.planner import constants
 from qhybrid.planner.advise import Change, overrides_between, ways_to_fit, ways_to_spend
 from qhybrid.planner.plan import Plan, make_plan
 from qhybrid.planner.solve import solve_rank
+from qhybrid.planner.tasks import lower_ranks, plan_tasks, task_overrides_between, ways_to_fit_tasks
 from qhybrid.planner.workload import checkpointed_layers, row_length
+from qhybrid.recipe.tasks import task_recipes
 from qhybrid.units import format_bytes, format_count
 
 if TYPE_CHECKING:
+    from qhybrid.architecture.spec import ModelSpec
     from qhybrid.base.facts import ModelFacts
     from qhybrid.recipe.schema import Recipe
 
@@ -91,19 +94,30 @@ def _say(console: Console, lines: list[str]) -> None:
 
 
 def _header(recipe: Recipe, plan: Plan, facts: ModelFacts) -> list[str]:
-    spec, training = facts.spec, recipe.training
-    checkpointed = len(checkpointed_layers(recipe, spec.num_layers))
-    batch = training.per_device_train_batch_size
+    spec = facts.spec
     num_bands = len(plan.layout.bands)
     quantization = "NF4" if recipe.quantization.method == "nf4" else recipe.model.dtype
     return [
         f"model     {plan.model}: {format_count(spec.num_parameters)} parameters, {quantization} ({facts.source})",
         f"trained   {format_count(plan.layout.num_parameters)} parameters in {num_bands} "
-        f"band{'s' if num_bands > 1 else ''}, {recipe.adapter_dtype}, {training.optim}",
-        f"step      {batch} x {format_count(row_length(recipe, spec))} tokens"
-        + (f", {training.gradient_accumulation_steps} times" if training.gradient_accumulation_steps > 1 else "")
-        + f"; {checkpointed} of {spec.num_layers} layers checkpointed",
+        f"band{'s' if num_bands > 1 else ''}, {recipe.adapter_dtype}"
+        + ("" if recipe.tasks else f", {recipe.training.optim}"),
+        *([] if recipe.tasks else [f"step      {_step(recipe, spec)}"]),
+        *(
+            f"task      {name}: {_step(own, spec)}; {own.training.optim}"
+            for name, own in task_recipes(recipe).items()
+        ),
     ]
+
+
+def _step(recipe: Recipe, spec: ModelSpec) -> str:
+    training = recipe.training
+    checkpointed = len(checkpointed_layers(recipe, spec.num_layers))
+    rows = f"{training.per_device_train_batch_size} x {format_count(row_length(recipe, spec))} tokens"
+    times = training.gradient_accumulation_steps
+    return (
+        f"{rows}{f', {times} times' if times > 1 else ''}; {checkpointed} of {spec.num_layers} layers checkpointed"
+    )
 
 
 def _solved_lines(quantity: str, asked: Recipe, recipe: Recipe, plan: Plan) -> list[str]:
@@ -223,16 +237,16 @@ def _advice(console: Console, recipe: Recipe, plan: Plan, facts: ModelFacts) -> 
         return
 
     def replan(tried: Recipe) -> Plan:
-        return make_plan(tried, facts.spec, plan.budget, device=plan.device)
+        return (plan_tasks if tried.tasks else make_plan)(tried, facts.spec, plan.budget, device=plan.device)
 
     if plan.fits:
-        changes = ways_to_spend(recipe, facts.spec, replan)
+        changes = [] if recipe.tasks else ways_to_spend(recipe, facts.spec, replan)
         if changes:
             _say(console, ["", "what is left could buy one of these:"])
         for change in changes:
             _say(console, _change_lines(change, f"{format_bytes(-change.saves)} more"))
         return
-    changes, enough = ways_to_fit(recipe, facts.spec, replan)
+    changes, enough = (ways_to_fit_tasks if recipe.tasks else ways_to_fit)(recipe, facts.spec, replan)
     _say(console, ["", "to make it fit:" if enough else "these changes help, but do not suffice:"])
     for change in changes:
         _say(console, _change_lines(change, f"saves {format_bytes(change.saves)}"))
@@ -240,9 +254,13 @@ def _advice(console: Console, recipe: Recipe, plan: Plan, facts: ModelFacts) -> 
         what = "more memory" if plan.device == "cpu" else "a GPU with more memory"
         _say(console, [f"  then: a smaller model, or {what}"])
     if recipe.memory.on_exceed == "cap_rank":
-        capped = solve_rank(recipe, facts.spec, replan, no_more_than_asked=True)
-        if capped is not None and overrides_between(recipe, capped):
-            words = " ".join(overrides_between(recipe, capped))
+        if recipe.tasks:
+            capped, between = lower_ranks(recipe, facts.spec, replan), task_overrides_between
+        else:
+            capped = solve_rank(recipe, facts.spec, replan, no_more_than_asked=True)
+            between = overrides_between
+        if capped is not None and between(recipe, capped):
+            words = " ".join(between(recipe, capped))
             _say(
                 console,
                 ["", "left as it is, qhybrid sft lowers the ranks (memory.on_exceed: cap_rank):", f"  {words}"],

@@ -53,8 +53,18 @@ def show(recipe: str, overrides: tuple[str, ...], layout: bool, config: str | No
         return
     from qhybrid.architecture.bands import build_layout
 
-    built = build_layout(loaded.recipe.adapters, _spec(loaded.recipe.model, config))
-    click.echo(built.to_json() if as_json else built.to_text(), nl=not as_json)
+    spec = _spec(loaded.recipe.model, config)
+    if not loaded.recipe.tasks:
+        built = build_layout(loaded.recipe.adapters, spec)
+        click.echo(built.to_json() if as_json else built.to_text(), nl=not as_json)
+        return
+    from qhybrid.recipe.tasks import adapter_recipes
+
+    layouts = {name: build_layout(own.adapters, spec) for name, own in adapter_recipes(loaded.recipe).items()}
+    if as_json:
+        click.echo(json.dumps({name: json.loads(layout.to_json()) for name, layout in layouts.items()}))
+    else:
+        click.echo("\n\n".join(f"{name}\n{layout.to_text()}" for name, layout in layouts.items()))
 
 
 def _spec(model: ModelSection, config: str | None) -> ModelSpec:
@@ -96,7 +106,8 @@ def copy(name: str, target: str) -> None:
     if not path.parent.is_dir():
         raise RecipeError(f"there is no folder {path.parent}")
     recipe = load_recipe(str(source)).recipe
-    beside = {section.path for section in (*recipe.data.sources, *recipe.data.eval_sources)}
+    sections = [each.data for each in (*recipe.tasks, recipe)]
+    beside = {source.path for data in sections for source in (*data.sources, *data.eval_sources)}
     shutil.copyfile(source, path)
     click.echo(f"wrote {path}")
     for name in sorted(name for name in beside if (source.parent / name).is_file()):

@@ -65,11 +65,12 @@ def command(recipe: str, overrides: tuple[str, ...], resume: str | None, dry_run
     result = run_sft(loaded, resume=going_on, overwrite=overwrite, console=console)
     if not result.figures or not place().is_main:
         return
-    table = Table(show_header=False, box=None)
-    for name, value in summary_rows(result.figures):
-        table.add_row(name, value)
-    console.print(table)
-    console.print(f"adapter  {result.run.adapter}", highlight=False, soft_wrap=True)
+    for name, one in (result.tasks or {"": result}).items():
+        table = Table(show_header=False, box=None, title=name or None, title_justify="left")
+        for row, value in summary_rows(one.figures):
+            table.add_row(row, value)
+        console.print(table)
+        console.print(f"adapter  {one.run.adapter}", highlight=False, soft_wrap=True)
 
 
 def _dry_run(recipe: Recipe) -> None:
@@ -85,15 +86,14 @@ def _dry_run(recipe: Recipe) -> None:
     quiet_libraries()
     from qhybrid.cli import plan_text
     from qhybrid.errors import MemoryPlanError
-    from qhybrid.planner.plan import make_plan
     from qhybrid.training.memory import hardware_of
-    from qhybrid.training.planning import plan_run
+    from qhybrid.training.planning import plan_as_it_is, plan_run
 
     hardware = hardware_of(recipe)
     try:
         planned, plan = plan_run(recipe, facts.spec, hardware)
     except MemoryPlanError as error:
-        plan = make_plan(recipe, facts.spec, hardware.budget, device=hardware.device)
+        plan = plan_as_it_is(recipe, facts.spec, hardware)
         plan_text.show(recipe, plan, facts)
         print_error(error.message)
         raise SystemExit(1) from None

@@ -13,7 +13,7 @@ from qhybrid.architecture.concatenate import concatenate
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.planner import constants
-from qhybrid.planner.advise import Change, ways_to_fit
+from qhybrid.planner.advise import Change, overrides_between, ways_to_fit
 from qhybrid.planner.holdings import adalora_scores, adapter_bytes, dora_norms, optimizer_states
 from qhybrid.planner.memory import Prediction, predict
 from qhybrid.planner.optimizers import rule_of
@@ -21,9 +21,8 @@ from qhybrid.planner.plan import Budget, Plan, RankCap, assemble
 from qhybrid.planner.solve import Planner, fits, largest, largest_ranks, rank_caps, with_ranks
 from qhybrid.planner.workload import WIDTHS, Device
 from qhybrid.recipe.schema import Recipe
-from qhybrid.recipe.tasks import OWN_SECTIONS, shared_recipe, task_recipes, with_task_recipes
+from qhybrid.recipe.tasks import OWN_SECTIONS, SHARED, adapter_recipes, task_recipes, with_adapter_recipes
 
-SHARED = "shared"  # in the place of a task's name
 _SHARES = 64  # ranks are lowered in so many steps
 _OF_THE_BASE = ("base weights", "unquantised weights")
 _STATIC = (*_OF_THE_BASE, "adapters", "optimizer states", "AdaLoRA scores", "DoRA norms")
@@ -48,7 +47,7 @@ def plan_tasks(
     Raises:
         LayoutError: the bands of a task do not fit the model.
     """
-    parts = _parts(recipe)
+    parts = adapter_recipes(recipe)
     layouts = {name: build_layout(part.adapters, spec) for name, part in parts.items()}
     shared = layouts.get(SHARED) if recipe.shared else None
     predictions = {
@@ -76,12 +75,6 @@ def plan_tasks(
         threads=len(predictions) + 1,
     )
     return replace(plan, largest_task=lead)
-
-
-def _parts(recipe: Recipe) -> dict[str, Recipe]:
-    """The adapters that are trained: the recipe of each task and, first, that of what all share."""
-    shared = shared_recipe(recipe)
-    return ({SHARED: shared} if shared else {}) | task_recipes(recipe)
 
 
 def _named(name: str, band: str) -> str:
@@ -151,12 +144,12 @@ def lower_ranks(recipe: Recipe, spec: ModelSpec, plan: Planner) -> Recipe | None
     Returns:
         None if not even the smallest ranks fit.
     """
-    parts = _parts(recipe)
+    parts = adapter_recipes(recipe)
 
     def lowered(share: int) -> Recipe:
-        changed = {name: _with_share(part, spec, share / _SHARES) for name, part in parts.items()}
-        shared = changed.pop(SHARED) if recipe.shared else None
-        return with_task_recipes(recipe, changed, shared)
+        return with_adapter_recipes(
+            recipe, {name: _with_share(part, spec, share / _SHARES) for name, part in parts.items()}
+        )
 
     best = largest(0, _SHARES, lambda share: fits(plan, lowered(share)))
     return None if best is None else lowered(best)
@@ -179,12 +172,24 @@ def _with_share(recipe: Recipe, spec: ModelSpec, share: float) -> Recipe:
 
 def task_caps(asked: Recipe, got: Recipe) -> tuple[RankCap, ...]:
     """What every band of every task asked for and got."""
-    after = _parts(got)
+    after = adapter_recipes(got)
     return tuple(
         replace(cap, band=_named(name, cap.band))
-        for name, part in _parts(asked).items()
+        for name, part in adapter_recipes(asked).items()
         for cap in rank_caps(part, after[name])
     )
+
+
+def with_task_caps(recipe: Recipe, caps: tuple[RankCap, ...]) -> Recipe:
+    """The recipe with the ranks that `caps` say; as it is where they are of another recipe."""
+    given = {cap.band: cap for cap in caps}
+    changed = {}
+    for name, part in adapter_recipes(recipe).items():
+        own = {cap.band: (cap.asked, given.get(_named(name, cap.band))) for cap in rank_caps(part, part)}
+        if any(cap is None or cap.asked != asked for asked, cap in own.values()):
+            return recipe
+        changed[name] = with_ranks(part, {band: cap.got for band, (_, cap) in own.items() if cap is not None})
+    return with_adapter_recipes(recipe, changed)
 
 
 def ways_to_fit_tasks(recipe: Recipe, spec: ModelSpec, plan: Planner) -> tuple[list[Change], bool]:
@@ -213,7 +218,7 @@ def ways_to_fit_tasks(recipe: Recipe, spec: ModelSpec, plan: Planner) -> tuple[l
 
 def with_task(recipe: Recipe, name: str, changed: Recipe) -> Recipe:
     """The recipe with another recipe of one task; what that changes of the model counts for all."""
-    replaced = with_task_recipes(recipe, task_recipes(recipe) | {name: changed}, shared_recipe(recipe))
+    replaced = with_adapter_recipes(recipe, adapter_recipes(recipe) | {name: changed})
     whole = {section: getattr(changed, section) for section in ("model", "quantization", "memory")}
     return replaced.model_copy(update=whole)
 
@@ -226,3 +231,14 @@ def task_override(recipe: Recipe, name: str, word: str) -> str:
     # The command line splits at dots, and takes digits for a place in the list.
     shown = str(names.index(name)) if "." in name or name.isdigit() else name
     return f"tasks.{shown}.{word}"
+
+
+def task_overrides_between(before: Recipe, after: Recipe) -> tuple[str, ...]:
+    """The command line's words that turn the adapters of one recipe with tasks into those of the other."""
+    changed = adapter_recipes(after)
+    words = []
+    for name, part in adapter_recipes(before).items():
+        for word in overrides_between(part, changed[name]):
+            own = task_override(before, name, word)
+            words.append(f"shared.{word.split('.', 2)[2]}" if name == SHARED else own)
+    return tuple(words)

@@ -24,7 +24,14 @@ from qhybrid.recipe.excerpt import excerpt, excerpt_list
 from qhybrid.recipe.problems import OVERRIDE, as_recipe_error
 from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.shipped import find_shipped, shipped_names
-from qhybrid.recipe.tasks import OWN_SECTIONS, shared_recipe, task_recipes, with_task_recipes
+from qhybrid.recipe.tasks import (
+    OWN_SECTIONS,
+    adapter_recipes,
+    inherited,
+    task_recipes,
+    with_adapter_recipes,
+    without_effect,
+)
 from qhybrid.recipe.training_fields import OWNED_ELSEWHERE
 from qhybrid.recipe.yaml_source import (
     MAX_BYTES,
@@ -84,6 +91,10 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[R
     """Validate the YAML `text`, called `name` in messages. Returns the recipe and notices."""
     source = parse_yaml(text, name)
     values, origins, notices = translate(source)
+    unused = without_effect(values)
+    if unused is not None:
+        message = f"{'.'.join(unused)} has no effect: every task has its own"
+        raise RecipeError(message, where=source.where(origins.get(unused, unused)), hint="remove it")
     overridden = [path for override in overrides for path in _apply_override(values, override, notices)]
     rename_inside(values, origins, notices, Source(OVERRIDE, values))
     try:
@@ -95,9 +106,8 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[R
 def resolve(recipe: Recipe) -> Recipe:
     """The recipe with every value that follows from others written out: alpha, initial ranks, dtypes."""
     if recipe.tasks:
-        shared = shared_recipe(recipe)
-        resolved = {name: resolve(own) for name, own in task_recipes(recipe).items()}
-        return with_task_recipes(recipe, resolved, shared and resolve(shared))
+        resolved = {name: resolve(own) for name, own in adapter_recipes(recipe).items()}
+        return with_adapter_recipes(recipe, resolved)
     bands = []
     for band in recipe.adapters:
         filled: dict[str, Any] = {"alpha": band.resolved_alpha}
@@ -226,7 +236,8 @@ def _set(values: dict[str, Any], parts: list[str], value: Any, override: str) ->
                 at[part] = value
             else:
                 if at.get(part) is None:
-                    at[part] = {}
+                    found = inherited(values, tuple(path))
+                    at[part] = {} if found is None else found
                 at = at[part]
         else:
             raise RecipeError(

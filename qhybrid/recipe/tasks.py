@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qhybrid.recipe.schema import Recipe
 
 FOLDER = "tasks"  # of the runs of the tasks, in the run folder
+SHARED = "shared"  # in the place of a task's name
 OWN_SECTIONS = ("adapters", "data", "training")  # a task's own; what it leaves out, the recipe says for all
 _BY_KEY = ("data", "training")  # a task may give some of their keys; adapters are taken as a whole
 
@@ -48,11 +50,7 @@ class TaskSection(Section):
 
 
 def fill_tasks(values: Any) -> Any:
-    """Raw values of a recipe in which every task has all its sections; the recipe's own are those of the first.
-
-    Raises:
-        ValidationError: a setting for all tasks that every task replaces.
-    """
+    """Raw values of a recipe in which every task has all its sections; the recipe's own are those of the first."""
     if not isinstance(values, dict) or not values.get("tasks"):
         if isinstance(values, dict) and values.get("tasks") == []:
             raise _refused(("tasks",), "is empty; leave it out to train one adapter")
@@ -60,11 +58,6 @@ def fill_tasks(values: Any) -> Any:
     given = values["tasks"]
     if not isinstance(given, (list, tuple)) or not all(isinstance(task, dict) for task in given):
         return values
-    for section in OWN_SECTIONS:
-        for key in _keys(values, section):
-            if all(_gives(task, (section, *key)) for task in given):
-                name = key[0] if key else section
-                raise _refused((section, *key), f"has no effect: every task has its own {name}")
     tasks = [dict(task) for task in given]
     for task in tasks:
         for section in OWN_SECTIONS:
@@ -93,6 +86,28 @@ def named_bands(bands: list | tuple) -> list:
     return named
 
 
+def without_effect(values: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The first setting for all tasks that each of them replaces."""
+    tasks = values.get("tasks")
+    if not tasks or not isinstance(tasks, (list, tuple)):
+        return None
+    for section in OWN_SECTIONS:
+        for path in _paths(values, section):
+            if all(_gives(task, path) for task in tasks):
+                return path
+    return None
+
+
+def inherited(values: Mapping[str, Any], path: tuple[int | str, ...]) -> Any:
+    """What a task has at `path` as long as it says nothing itself, to be changed for this task alone."""
+    if path[:1] != ("tasks",) or len(path) != (4 if len(path) > 2 and path[2] in _BY_KEY else 3):
+        return None
+    found: Any = values
+    for part in path[2:]:
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return copy.deepcopy(found)
+
+
 def told_at(values: Mapping[str, Any], path: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """Where the recipe says what stands at `path` once its tasks are filled: in the task, or for all of them.
 
@@ -103,9 +118,7 @@ def told_at(values: Mapping[str, Any], path: tuple[int | str, ...]) -> tuple[int
     if not tasks or not path or not isinstance(tasks, (list, tuple)):
         return path
     if path[0] in OWN_SECTIONS:
-        by_tasks = [_gives(task, path) for task in tasks]
-        is_of_first = by_tasks[0] and not all(by_tasks)  # where all give it, the problem is that of `fill_tasks`
-        return ("tasks", 0, *path) if is_of_first or not _gives(values, path) else path
+        return ("tasks", 0, *path) if _gives(tasks[0], path) or not _gives(values, path) else path
     if path[0] == "tasks" and len(path) > 2 and path[2] in OWN_SECTIONS:
         task, inner = tasks[int(path[1])], path[2:]
         if not _gives(task, inner) and _gives(values, inner):
@@ -128,22 +141,23 @@ def task_recipes(recipe: Recipe) -> dict[str, Recipe]:
     }
 
 
-def shared_recipe(recipe: Recipe) -> Recipe | None:
-    """The recipe of the adapter that all tasks share, as if it were alone."""
+def adapter_recipes(recipe: Recipe) -> dict[str, Recipe]:
+    """`task_recipes`, and before them, as SHARED, what all tasks share, as if it were alone."""
     if recipe.shared is None:
-        return None
-    return recipe.model_copy(update={"adapters": (recipe.shared,), "tasks": (), "shared": None})
+        return task_recipes(recipe)
+    shared = recipe.model_copy(update={"adapters": (recipe.shared,), "tasks": (), "shared": None})
+    return {SHARED: shared, **task_recipes(recipe)}
 
 
-def with_task_recipes(recipe: Recipe, recipes: Mapping[str, Recipe], shared: Recipe | None = None) -> Recipe:
-    """Undo `task_recipes` and `shared_recipe`, after all were changed alike in what belongs to all."""
+def with_adapter_recipes(recipe: Recipe, recipes: Mapping[str, Recipe]) -> Recipe:
+    """Undo `adapter_recipes`, after all were changed alike in what belongs to all."""
     tasks = tuple(
         task.model_copy(update={section: getattr(recipes[task.name], section) for section in OWN_SECTIONS})
         for task in recipe.tasks
     )
     first = recipes[tasks[0].name]
     own = {section: getattr(first, section) for section in OWN_SECTIONS}
-    band = shared.adapters[0] if shared else None
+    band = recipes[SHARED].adapters[0] if recipe.shared is not None else None
     return recipe.model_copy(update={**own, "model": first.model, "tasks": tasks, "shared": band})
 
 
@@ -185,7 +199,7 @@ def _check_shared(recipe: Recipe, shared: BandSection) -> None:
     if len(recipe.tasks) < 2:
         raise _refused(("shared",), "has no effect with a single task")
     for index, task in enumerate(recipe.tasks):
-        if task.name == "shared":
+        if task.name == SHARED:
             raise _refused(("tasks", index, "name"), "beside shared no task can have that name")
     places = {("shared", "kind"): shared} | {
         ("tasks", index, "adapters", number, "kind"): band
@@ -221,12 +235,12 @@ def _require_one(recipe: Recipe, names: tuple[str, ...], why: str) -> None:
                 raise _refused(("tasks", index, "training", name), message)
 
 
-def _keys(values: Mapping[str, Any], section: str) -> list[tuple[str, ...]]:
-    """The paths, inside a section, at which a task can replace what the recipe says for all."""
+def _paths(values: Mapping[str, Any], section: str) -> list[tuple[str, ...]]:
+    """Where a task can replace what the recipe says for all in a section."""
     given = values.get(section)
     if given is None:
         return []
-    return [(key,) for key in given] if section in _BY_KEY and isinstance(given, dict) else [()]
+    return [(section, key) for key in given] if section in _BY_KEY and isinstance(given, dict) else [(section,)]
 
 
 def _gives(values: Any, path: tuple[int | str, ...]) -> bool:

@@ -16,6 +16,7 @@ import psutil
 from qhybrid.errors import RunFolderError
 from qhybrid.recipe.load import parse_recipe
 from qhybrid.recipe.schema import Recipe
+from qhybrid.recipe.tasks import FOLDER, task_recipes
 from qhybrid.redaction import redacted_values
 from qhybrid.training.checkpoint import choose, remove_leftovers
 from qhybrid.training.events import read_events
@@ -23,7 +24,7 @@ from qhybrid.training.run import STATE, Run
 
 _LEFT_BY_A_RUN = (
     "adapter", ".adapter.partial", "checkpoints", "events.jsonl", "audit.json", "layout.json", "plan.json",
-    "tensorboard", "recipe.yaml", "run.json", "base.json", "deepspeed.json",
+    "tensorboard", "recipe.yaml", "run.json", "base.json", "deepspeed.json", FOLDER,
 )  # fmt: skip
 _REPLACED = ".replaced"  # an earlier run, until its successor has taken a step
 
@@ -192,6 +193,8 @@ def _has_trained(run: Run) -> bool:
     """Whether the run took a step."""
     if run.adapter.exists() or (run.checkpoints.is_dir() and any(run.checkpoints.glob("checkpoint-*"))):
         return True
+    if any(_has_trained(Run(folder)) for folder in (run.folder / FOLDER).glob("*")):
+        return True
     return run.events_file.is_file() and bool(read_events(run.events_file, "step"))
 
 
@@ -216,24 +219,45 @@ def _same_recipe(run: Run, recipe: Recipe) -> None:
     if not run.recipe_file.is_file():
         return
     old, _ = parse_recipe(run.recipe_file.read_text(encoding="utf-8"), str(run.recipe_file))
-    # As it was written: without secrets, and with the home folder as "~".
-    before, now = (_flat(redacted_values(r.model_dump(mode="json"))) for r in (old, recipe))
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    changed = [key for key in changed if not key.startswith(_MAY_DIFFER) and not _DATA_PATH.fullmatch(key)]
-    rows_before, rows_now = (r.rows_per_step for r in (old, recipe))
-    # Rows that do not fill a batch are dropped with dataloader_drop_last: other ones with another split.
-    if rows_before == rows_now and not recipe.training.dataloader_drop_last:
-        changed = [key for key in changed if key not in _SPLIT]
-    elif rows_before != rows_now:
-        changed = ["rows of a step", *changed]
-        before["rows of a step"], now["rows of a step"] = rows_before, rows_now
+    changed = _changes(old, recipe)
     if changed:
-        shown = "; ".join(f"{key}: {before.get(key)} → {now.get(key)}" for key in changed[:5])
+        shown = "; ".join(f"{key}: {before} → {now}" for key, before, now in changed[:5])
         raise RunFolderError(
             f"the run in {run.folder} was started with another recipe ({shown})",
             hint=f"resume with the recipe it was started with ({run.recipe_file} shows it), or choose another "
             "output_dir",
         )
+
+
+def _changes(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+    """The keys that make another run, with their values before and now."""
+    if old.tasks or new.tasks:
+        return _changes_of_tasks(old, new)
+    # As it was written: without secrets, and with the home folder as "~".
+    before, now = (_flat(redacted_values(r.model_dump(mode="json"))) for r in (old, new))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    changed = [key for key in changed if not key.startswith(_MAY_DIFFER) and not _DATA_PATH.fullmatch(key)]
+    rows_before, rows_now = (r.rows_per_step for r in (old, new))
+    # Rows that do not fill a batch are dropped with dataloader_drop_last: other ones with another split.
+    if rows_before == rows_now and not new.training.dataloader_drop_last:
+        changed = [key for key in changed if key not in _SPLIT]
+    elif rows_before != rows_now:
+        changed = ["rows of a step", *changed]
+        before["rows of a step"], now["rows of a step"] = rows_before, rows_now
+    return [(key, before.get(key), now.get(key)) for key in changed]
+
+
+def _changes_of_tasks(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+    names = [[task.name for task in recipe.tasks] for recipe in (old, new)]
+    if names[0] != names[1]:
+        return [("tasks", *(", ".join(each) or "none" for each in names))]
+    changed = []
+    if old.shared or new.shared:  # then their order is part of the result
+        weights = [[task.weight for task in recipe.tasks] for recipe in (old, new)]
+        changed = [(key, *pair) for key, *pair in (("shared", old.shared, new.shared), ("weights", *weights))]
+        changed = [change for change in changed if change[1] != change[2]]
+    parts = zip(task_recipes(old).items(), task_recipes(new).values(), strict=True)
+    return changed + [(f"{name}: {key}", *pair) for (name, a), b in parts for key, *pair in _changes(a, b)]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

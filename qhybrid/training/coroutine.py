@@ -23,7 +23,7 @@ class Coroutine:
         self._may_run, self._has_paused = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, daemon=True)  # or it would keep a dying process alive
         self._error: BaseException | None = None
-        self._closing = False
+        self.was_closed = False
         self._paused_seconds = 0.0
         self.has_ended = False
 
@@ -44,7 +44,7 @@ class Coroutine:
 
     def close(self) -> None:
         """End the function at its next pause, with `Closed` raised there; what it raises instead is lost."""
-        self._closing = True
+        self.was_closed = True
         if self._thread.ident is None:
             self.has_ended = True
         while not self.has_ended:
@@ -70,7 +70,7 @@ class Coroutine:
         Raises:
             Closed: the caller wants no more.
         """
-        if self._closing:
+        if self.was_closed:
             raise Closed
 
     def seconds(self) -> float:

@@ -91,4 +91,4 @@ class NamedConsole:
     def print(self, text: str, **style: Any) -> None:
         """As rich's."""
         for line in text.splitlines():
-            self._console.print(f"{self._name}: {line}", **style)
+            self._console.print(f"{self._name}: {line}".rstrip(), **style)

@@ -10,16 +10,18 @@ from typing import Any
 
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
+from qhybrid.base.facts import model_facts
 from qhybrid.disk import write_atomically
-from qhybrid.errors import MemoryPlanError
+from qhybrid.errors import MemoryPlanError, ModelError
 from qhybrid.planner.advise import ways_to_fit
 from qhybrid.planner.holdings import adalora_scores, adapter_bytes, optimizer_states
 from qhybrid.planner.optimizers import rule_of
 from qhybrid.planner.plan import Budget, Plan, RankCap, make_plan
 from qhybrid.planner.solve import rank_caps, solve_rank, with_ranks
-from qhybrid.planner.tasks import lower_ranks, plan_tasks, task_caps, ways_to_fit_tasks
+from qhybrid.planner.tasks import lower_ranks, plan_tasks, task_caps, ways_to_fit_tasks, with_task_caps
 from qhybrid.planner.workload import WIDTHS, Device
 from qhybrid.recipe.schema import Recipe
+from qhybrid.recipe.tasks import task_recipes
 from qhybrid.training.run import Run
 from qhybrid.units import format_bytes
 
@@ -79,6 +81,25 @@ def plan_run(
     words = " ".join(word for change in changes for word in change.overrides)
     hint = f"this fits: {words}" if enough else "no change of the recipe suffices; qhybrid plan shows what helps"
     raise MemoryPlanError(f"the plan does not fit{tried}: {what}", hint=hint)
+
+
+def plan_as_it_is(recipe: Recipe, spec: ModelSpec, hardware: Hardware, *, longest: Longest = None) -> Plan:
+    """The plan of the recipe without a change, whether it fits or not."""
+    return _plan(recipe, spec, hardware, longest=longest)
+
+
+def plan_early(
+    recipe: Recipe, hardware: Hardware, earlier: tuple[RankCap, ...] | None
+) -> tuple[Recipe, Plan | None]:
+    """The plan from what is known before anything is downloaded; None where that is not enough."""
+    recipes = task_recipes(recipe).values() or (recipe,)
+    if any(one.training.max_length is None for one in recipes):
+        return recipe, None
+    try:
+        facts = model_facts(recipe.model)
+    except ModelError:
+        return recipe, None
+    return plan_run(recipe, facts.spec, hardware, earlier=earlier)
 
 
 def expect(
@@ -157,6 +178,8 @@ def with_earlier_caps(recipe: Recipe) -> Recipe:
     The memory that other processes take may have changed since; the adapters must not.
     """
     caps = earlier_caps(recipe) or ()
+    if recipe.tasks:
+        return with_task_caps(recipe, caps)
     if {cap.band: cap.asked for cap in caps} != {band.band: band.rank for band in recipe.adapters}:
         return recipe  # nothing was capped, or another recipe: the claim on the folder will say so
     return with_ranks(recipe, {cap.band: cap.got for cap in caps})

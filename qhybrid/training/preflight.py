@@ -13,6 +13,7 @@ from qhybrid.data.readers import check_local_source, with_whole_paths
 from qhybrid.errors import RecipeError
 from qhybrid.recipe.load import LoadedRecipe, resolve
 from qhybrid.recipe.schema import Recipe
+from qhybrid.recipe.tasks import adapter_recipes, task_recipes, with_adapter_recipes
 from qhybrid.training.claim import check_claim
 from qhybrid.training.planning import with_earlier_caps
 from qhybrid.training.processes import with_processes
@@ -25,8 +26,21 @@ def settle(loaded: LoadedRecipe, *, resume: bool = False) -> Recipe:
         resume: a run of it may be there already, whose ranks were capped; they stay as they are.
     """
     recipe = resolve(with_processes(loaded.recipe))
-    recipe = recipe.model_copy(update={"data": with_whole_paths(recipe.data, loaded.folder)})
+    if recipe.tasks and not recipe.distributed.is_single:
+        raise RecipeError(
+            f"the launcher started {recipe.distributed.processes} processes, and tasks train in one",
+            hint="start qhybrid without a launcher",
+        )
+    if recipe.tasks:
+        parts = {name: _with_whole_paths(own, loaded) for name, own in adapter_recipes(recipe).items()}
+        recipe = with_adapter_recipes(recipe, parts)
+    else:
+        recipe = _with_whole_paths(recipe, loaded)
     return with_earlier_caps(recipe) if resume else recipe
+
+
+def _with_whole_paths(recipe: Recipe, loaded: LoadedRecipe) -> Recipe:
+    return recipe.model_copy(update={"data": with_whole_paths(recipe.data, loaded.folder)})
 
 
 def preflight(recipe: Recipe, *, base_folder: Path, resume: bool, overwrite: bool) -> None:
@@ -60,6 +74,10 @@ def check_inputs(recipe: Recipe, base_folder: Path) -> None:
     Raises:
         QhybridError: what `run_sft` would raise later.
     """
+    for own in task_recipes(recipe).values():
+        check_inputs(own, base_folder)
+    if recipe.tasks:
+        return
     for source in (*recipe.data.sources, *recipe.data.eval_sources):
         check_local_source(source, base_folder)
     files = find_local(recipe.model)

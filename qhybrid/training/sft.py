@@ -10,23 +10,20 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from qhybrid.base.facts import model_facts
 from qhybrid.base.locate import model_folder
 from qhybrid.errors import (
     DataError,
-    ModelError,
     QhybridError,
     RunFolderError,
 )
-from qhybrid.planner.plan import Plan, RankCap
 from qhybrid.recipe.load import LoadedRecipe
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.claim import claim
 from qhybrid.training.memory import hardware_of, limit_vram
 from qhybrid.training.planning import (
-    Hardware,
     earlier_caps,
     expect,
+    plan_early,
     plan_lines,
     plan_run,
 )
@@ -55,7 +52,8 @@ from qhybrid.training.session import (
     write_beginning,
 )
 from qhybrid.training.signals import Interrupted, StopSignals, stop_signals
-from qhybrid.training.summary import announce
+from qhybrid.training.summary import announce, announce_model
+from qhybrid.training.tasks import train_tasks
 
 
 def run_sft(
@@ -78,7 +76,8 @@ def run_sft(
     notify = functools.partial(console.print, highlight=False, soft_wrap=True)
     try:
         with stop_signals(notify) as signals:
-            result = _run(loaded, recipe, signals, resume=resume, overwrite=overwrite, console=console)
+            run = train_tasks if recipe.tasks else _run
+            result = run(loaded, recipe, signals, resume=resume, overwrite=overwrite, console=console)
     except QhybridError as error:
         # What is wrong with the input is found by every process, and told by the first.
         if error.told_elsewhere is None and error.exit_code == 2:
@@ -109,7 +108,7 @@ def _run(
     # Every process plans with the memory of the one that has least.
     hardware = min(gather(hardware_of(recipe)), key=lambda one: one.budget.vram or 0)
     earlier = agree(lambda: earlier_caps(recipe) if resume else None)
-    recipe, plan = together(lambda: _planned(recipe, hardware, earlier))
+    recipe, plan = together(lambda: plan_early(recipe, hardware, earlier))
     with one_after_another():
         base = model_folder(recipe.model)
     date = (before or {}).get("date") or agree(lambda: datetime.date.today().isoformat())
@@ -137,8 +136,11 @@ def _run(
             return facts
 
         facts = agree(begin)
-        announce(console, recipe, prepared.layout, data, run, limit_vram(recipe.memory.vram))
-        for line in (*plan_lines(prepared.plan), *(f"note: {note}" for note in run.notes)):
+        announce_model(console, recipe)
+        announce(console, recipe, prepared.layout, data, run)
+        notice = limit_vram(recipe.memory.vram)
+        notes = [f"note: {note}" for note in (*([notice] if notice else []), *run.notes)]
+        for line in (*plan_lines(prepared.plan), *notes):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
         if not all(gather(run.resume_from is None or run.resume_from.is_dir())):
             raise RunFolderError(f"{run.folder} is not there on every machine", hint="share the output_dir")
@@ -160,16 +162,3 @@ def _run(
             session.close()
         agree(lambda: run.write_status("finished", figures=figures))
     return SftResult(run, figures)
-
-
-def _planned(
-    recipe: Recipe, hardware: Hardware, earlier: tuple[RankCap, ...] | None
-) -> tuple[Recipe, Plan | None]:
-    """The plan from what is known before anything is downloaded; None where that is not enough."""
-    if recipe.training.max_length is None:
-        return recipe, None
-    try:
-        facts = model_facts(recipe.model)
-    except ModelError:
-        return recipe, None
-    return plan_run(recipe, facts.spec, hardware, earlier=earlier)

@@ -40,6 +40,10 @@ class StopSignals:
         finally:
             self._training = False
 
+    def ask(self) -> None:
+        """Have all training stop as SIGTERM does, but without a word: something else ended the run."""
+        self.received = self.received or signal.SIGTERM
+
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler. A second SIGINT, some seconds after the first, ends the run at once."""
         if not self._training:

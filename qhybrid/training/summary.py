@@ -12,6 +12,7 @@ from qhybrid.data.prepare import PreparedData
 from qhybrid.planner.plan import Plan
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.checkpoint import step_of
+from qhybrid.training.display import NamedConsole
 from qhybrid.training.events import EventLog, read_events
 from qhybrid.training.memory import measured_memory, process_peak_bytes
 from qhybrid.training.run import Run
@@ -60,16 +61,21 @@ def predicted_memory(plan: Plan) -> dict[str, int]:
     }
 
 
+def announce_model(console: Console, recipe: Recipe) -> None:
+    """The model, in a line."""
+    quantization = "4-bit NF4" if recipe.quantization.method == "nf4" else "unquantised"
+    text = f"model    {recipe.model.path} ({quantization}, {recipe.model.dtype})"
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 def announce(
-    console: Console, recipe: Recipe, layout: Layout, data: PreparedData, run: Run, notice: str | None
+    console: Console | NamedConsole, recipe: Recipe, layout: Layout, data: PreparedData, run: Run
 ) -> None:
-    """What is about to happen, in a few lines."""
+    """What is about to happen to the model, in a few lines."""
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    quantization = "4-bit NF4" if recipe.quantization.method == "nf4" else "unquantised"
-    line(f"model    {recipe.model.path} ({quantization}, {recipe.model.dtype})")
     for band in layout.bands:
         rows = layout.of_band(band)
         first, last = rows[0], rows[-1]
@@ -85,8 +91,6 @@ def announce(
         line("note: evaluation rows are given, but training.eval_strategy is no: they are not looked at")
     if recipe.training.early_stopping_patience is not None and not recipe.training.load_best_model_at_end:
         line("note: early stopping keeps the last adapter; training.load_best_model_at_end: true keeps the best")
-    if notice:
-        line(f"note: {notice}")
     line(f"run      {run.folder}" + (f", resumed from {run.resume_from.name}" if run.resume_from else ""))
 
 

@@ -26,7 +26,7 @@ from qhybrid.adapters.folder import trained_tensors
 from qhybrid.cli.main import quiet_libraries
 from qhybrid.errors import QhybridError
 from qhybrid.recipe.load import LoadedRecipe, parse_recipe
-from qhybrid.training import session
+from qhybrid.training import session, sft
 from qhybrid.training.processes import gather, place
 
 _trainers: list[Any] = []

@@ -191,7 +191,7 @@ class _Task:
     session: Session
 
     def __init__(self, name: str, weight: float) -> None:
-        self.name, self._weight = name, weight
+        self.name, self.weight = name, weight
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.loop = Coroutine(lambda: self._train(device))
         self._state = ProcessState()
@@ -201,11 +201,6 @@ class _Task:
     def step(self) -> int:
         """Optimizer steps taken, in earlier processes too."""
         return self.session.trainer.state.global_step
-
-    @property
-    def due(self) -> float:
-        """Where its next step stands among the others': the middle of it, at `weight` steps in a unit of time."""
-        return (self.step + 0.5) / self._weight
 
     @property
     def is_done(self) -> bool:
@@ -256,12 +251,17 @@ def _build(tasks: Sequence[_Task], recipe: Recipe) -> None:
         task.build(model)
 
 
-def _train(tasks: Sequence[_Task], signals: StopSignals, events: EventLog) -> dict[str, SftResult]:
-    """By turns a step of each task, until all are done, one fails, or a signal comes.
+def due(steps: int, weight: float) -> float:
+    """When a task's next step is due: its middle, at `weight` steps in a unit of time. The earliest goes first.
 
-    The next step is that of the task that is furthest behind its weight: the order is that of Webster's method of
-    apportionment, and follows from the steps taken alone, so that it is the same after a resume.
+    That is Webster's method of apportionment. It follows from the steps taken alone, so that the order after a
+    resume is what it would have been.
     """
+    return (steps + 0.5) / weight
+
+
+def _train(tasks: Sequence[_Task], signals: StopSignals, events: EventLog) -> dict[str, SftResult]:
+    """By turns a step of each task, until all are done, one fails, or a signal comes."""
     going, results = list(tasks), {}
 
     def settle(task: _Task) -> None:
@@ -276,7 +276,7 @@ def _train(tasks: Sequence[_Task], signals: StopSignals, events: EventLog) -> di
             at.advance()
             settle(at)
         while going and signals.received is None:
-            at = min(going, key=lambda task: task.due)
+            at = min(going, key=lambda task: due(task.step, task.weight))
             at.advance()
             events.write("turn", task=at.name, step=at.step)
             settle(at)

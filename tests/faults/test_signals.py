@@ -23,7 +23,7 @@ from runs import (
     train,
 )
 
-from qhybrid.training import checkpoint, run, sft, signals, state, trainer_checkpoints
+from qhybrid.training import checkpoint, run, session, signals, state, trainer_checkpoints
 from qhybrid.training.checkpoint import step_of
 from qhybrid.training.signals import Interrupted
 from qhybrid.training.trainer import BandedTrainer
@@ -35,11 +35,11 @@ PLACES: dict[str, tuple[Any, str]] = {
     "a save": (trainer_checkpoints, "save_weights"),
     "the rest of a save": (state, "write_tensors"),
     "the end of a save": (checkpoint, "seal"),
-    "the result": (sft, "save_adapter"),
+    "the result": (session, "save_adapter"),
     "the status": (run.Run, "write_status"),
-    "the model's loading": (sft, "load_base"),
-    "the data": (sft, "prepare_data"),
-    "the claim": (sft, "begin"),
+    "the model's loading": (session, "load_base"),
+    "the data": (session, "prepare_data"),
+    "the claim": (session, "begin"),
     "the first files": (run, "write_atomically"),
 }
 # Ten steps of two micro-batches, five evaluations of four batches, five saves of the adapter and two files more.

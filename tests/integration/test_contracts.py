@@ -144,3 +144,34 @@ def test_deepspeed_has_what_zero_leans_on():
     # accelerate goes on to the step within its backward, through the engine's attribute.
     assert "self.engine.step()" in inspect.getsource(DeepSpeedEngineWrapper.backward)
     assert "deepspeed_engine_wrapped" in inspect.getsource(accelerator)
+
+
+def test_accelerate_keeps_one_state_for_a_process():
+    """`training.process_state` swaps these dictionaries; making arguments empties two of them in place."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    state = PartialState()
+    for kept in (PartialState, AcceleratorState, GradientState):
+        assert isinstance(kept._shared_state, dict)
+    assert state.__dict__ is PartialState._shared_state and state.__dict__
+    GradientState()
+    trl.SFTConfig(output_dir="unused", use_cpu=True, report_to="none").device  # noqa: B018
+    assert PartialState().__dict__ is PartialState._shared_state is state.__dict__
+    source = inspect.getsource(AcceleratorState._reset_state) + inspect.getsource(PartialState._reset_state)
+    assert source.count("_shared_state.clear()") == 2
+
+
+def test_at_the_end_of_a_step_gradients_are_gone():
+    """`callbacks.turns` hands over there: after the optimizer's step, zero_grad and the count of the step."""
+    source = inspect.getsource(transformers.Trainer._run_epoch)
+    order = [
+        "self.optimizer.step()",
+        "model.zero_grad()",
+        "global_step += 1",
+        "on_step_end(",
+        "_maybe_log_save_eval",
+    ]
+    places = [source.index(words) for words in order]
+    assert places == sorted(places)
+    source = inspect.getsource(transformers.Trainer._inner_training_loop)
+    assert source.index("_prepare_for_training(") < source.index("on_train_begin(") < source.index("_run_epoch(")

@@ -1,0 +1,147 @@
+"""Several tasks in one process: each adapter is the one that a run of its own gives, and they take turns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run_cli
+from rich.console import Console
+from safetensors.torch import load_file
+from task_helpers import TASKS, alone, tasks_recipe, turns_of
+
+from qhybrid.errors import RunFolderError
+from qhybrid.recipe.load import dump_recipe, parse_recipe, resolve
+from qhybrid.training.events import read_events
+from qhybrid.training.sft import run_sft
+from qhybrid.training.tasks import due
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+from runs import EXACT
+
+QUIET = Console(quiet=True)
+NAMES = [task["name"] for task in TASKS]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model_folder):
+    """Three tasks, trained together."""
+    loaded = tasks_recipe(tmp_path_factory.mktemp("tasks"), tiny_model_folder)
+    return loaded, run_sft(loaded, console=QUIET)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_task_is_a_run_of_its_own_to_the_last_bit(trained, tmp_path, name):
+    _, result = trained
+    task = result.tasks[name].run.folder
+    own = run_sft(alone(task, tmp_path / "alone"), console=QUIET)
+    together, separate = (
+        load_file(folder / "adapter" / "adapter.safetensors") for folder in (task, own.run.folder)
+    )
+    assert together.keys() == separate.keys()
+    assert all(torch.equal(together[key], separate[key]) for key in separate)
+    for event in ("step", "evaluation", "allocation"):
+        one, other = (read_events(folder / "events.jsonl", event) for folder in (task, own.run.folder))
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            for key in (*EXACT, "step", "eval_loss", "live_ranks"):
+                assert a.get(key) == b.get(key), (event, key)
+    assert result.tasks[name].figures.get("adapter_of_step") == own.figures.get("adapter_of_step")
+    for file in ("layout.json", "base.json", "audit.json"):
+        assert (task / file).read_text() == (own.run.folder / file).read_text()
+
+
+def test_the_adapters_differ(trained):
+    _, result = trained
+    files = [result.tasks[name].run.adapter / "adapter.safetensors" for name in NAMES]
+    assert len({file.read_bytes() for file in files}) == 3
+
+
+def test_steps_come_by_weight(trained):
+    """Weights 2, 1 and 0.5, with 8, 5 and 6 steps: at (k + ½)/weight, and the first in the list where two meet."""
+    _, result = trained
+    turns = turns_of(result.run.folder)
+    order = "bands rs bands ada bands rs bands bands rs bands ada bands rs bands rs ada ada ada ada"
+    assert [name for name, _ in turns] == order.split()
+    for name, number in zip(NAMES, (8, 5, 6), strict=True):
+        assert [step for other, step in turns if other == name] == list(range(1, number + 1))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (2.0, 1.0, 0.5), (1.0, 0.3, 0.7, 5.0)])
+def test_no_task_is_ever_a_step_and_a_half_from_its_share(weights):
+    steps = [0] * len(weights)
+    for taken in range(1, 400):
+        chosen = min(range(len(weights)), key=lambda index: due(steps[index], weights[index]))
+        steps[chosen] += 1
+        for index, weight in enumerate(weights):
+            assert abs(steps[index] - taken * weight / sum(weights)) < 1.5, (taken, steps)
+
+
+def test_the_folder_of_all_tells_of_all(trained):
+    loaded, result = trained
+    folder = result.run.folder
+    status = json.loads((folder / "run.json").read_text())
+    assert status["status"] == "finished" and list(status["figures"]["tasks"]) == NAMES
+    assert status["figures"]["tasks"]["rs"]["optimizer_steps"] == 5
+    assert sorted(item.name for item in folder.iterdir()) == [
+        "base.json", "events.jsonl", "plan.json", "recipe.yaml", "run.json", "tasks",
+    ]  # fmt: skip
+    recipe, _ = parse_recipe((folder / "recipe.yaml").read_text(), "written")
+    assert recipe == parse_recipe(dump_recipe(resolve(loaded.recipe)), "given")[0]
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["largest_task"] in NAMES and set(plan["adapters_by_band"]) == {
+        "bands.low", "bands.mid", "bands.high", "rs.all", "ada.all",
+    }  # fmt: skip
+    for name in NAMES:
+        (planned,) = read_events(folder / "tasks" / name / "events.jsonl", "plan")
+        assert planned["predicted"]["process_bytes"] == plan["for_this_data"]["host_bytes"]  # of the process
+
+
+def test_a_finished_run_is_left_alone(trained):
+    loaded, result = trained
+    again = run_sft(loaded, resume=True, console=QUIET)
+    assert again.figures == result.figures and list(again.tasks) == NAMES
+    with pytest.raises(RunFolderError, match="finished run"):
+        run_sft(loaded, console=QUIET)
+
+
+def test_commands_read_the_run_of_a_task(trained, tmp_path, tiny_model_folder):
+    loaded, result = trained
+    data = loaded.recipe.tasks[0].data.eval_sources[0].path
+    task = result.tasks["bands"].run.folder
+    scored = run_cli("eval", data, "--adapter", task, "--json", "--no-generation")
+    assert scored.returncode == 0, scored.stderr
+    measured = result.tasks["bands"].figures["eval_loss"]
+    assert json.loads(scored.stdout)["loss"] == pytest.approx(measured, rel=1e-5)
+    assert "adalora" in run_cli("inspect", task).stdout
+    exported = run_cli("export", result.tasks["rs"].run.folder, tmp_path / "peft", "--to", "peft")
+    assert exported.returncode == 0, exported.stderr
+    for command in (("inspect",), ("eval", data, "--adapter")):
+        whole = run_cli(*command, result.run.folder)
+        assert whole.returncode == 2 and "an adapter for each task" in whole.stderr
+        assert str(result.run.folder / "tasks" / "ada") in whole.stderr
+
+
+def test_the_command_line(tmp_path, tiny_model_folder):
+    loaded = tasks_recipe(tmp_path, tiny_model_folder, "rs", "ada", training={"save_strategy": "no"})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(loaded.recipe))
+    dry = run_cli("sft", file, "--dry-run")
+    assert dry.returncode == 0 and "task      rs: 2 x 64 tokens" in dry.stdout and "rs takes most" in dry.stdout
+    checked = run_cli("recipes", "check", file)
+    assert checked.returncode == 0, checked.stderr
+    layouts = run_cli("recipes", "show", file, "--layout", "--config", tiny_model_folder)
+    assert layouts.stdout.count("total: 42 modules") == 2
+    short = ["tasks.rs.training.max_steps=2", "tasks.ada.training.max_steps=3", "tasks.ada.weight=1"]
+    done = run_cli("sft", file, *short)
+    assert done.returncode == 0, done.stderr
+    assert "rs: step 1/2" in done.stdout and "ada: step 3/3" in done.stdout
+    assert f"adapter  {tmp_path / 'run' / 'tasks' / 'ada' / 'adapter'}" in done.stdout
+    again = run_cli("sft", file, *short, "--overwrite")
+    assert again.returncode == 0, again.stderr
+    assert turns_of(tmp_path / "run") == [("rs", 1), ("ada", 1), ("rs", 2), ("ada", 2), ("ada", 3)]
+    changed = run_cli("sft", file, *short[:-1], "tasks.ada.weight=3", "--resume", "auto")
+    assert "nothing to do" in changed.stdout

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers import THREE_BANDS, chat_rows, write_rows
 
 from qhybrid.recipe.load import LoadedRecipe, parse_recipe
 from qhybrid.training.events import read_events
+from qhybrid.training.trainer import BandedTrainer
 
 # Three tasks that differ in data, bands, kinds, rates, schedules, batches and length. DoRA takes no dropout.
 BANDS = [{**band, "dropout": 0.1} if band["kind"] != "dora" else band for band in THREE_BANDS]
@@ -52,6 +57,7 @@ def tasks_recipe(folder: Path, model: Path, *names: str, **changes: Any) -> Load
             continue
         rows = write_rows(folder / f"{task['name']}.jsonl", chat_rows(16 + 4 * index, seed=index))
         held = write_rows(folder / "held.jsonl", chat_rows(6, seed=99))
+        task = {**task, "training": {**task["training"], "run_name": task["name"]}}
         tasks.append({**task, "data": {"sources": str(rows), "eval_sources": str(held)}})
     training = {
         "max_steps": 8,
@@ -87,3 +93,32 @@ def alone(run: Path, target: Path) -> LoadedRecipe:
 def turns_of(run: Path) -> list[tuple[str, int]]:
     """Task and step of every turn."""
     return [(record["task"], record["step"]) for record in read_events(run / "events.jsonl", "turn")]
+
+
+def at_step(
+    monkeypatch: pytest.MonkeyPatch,
+    task: str,
+    step: int,
+    happen: Callable[[BandedTrainer], None],
+    method: str = "training_step",
+) -> None:
+    """Call `happen` where a task, which has its name as run_name, begins a micro-batch of its step; once."""
+    real, calls = getattr(BandedTrainer, method), []
+
+    def watched(self, *args, **kwargs):
+        if self.args.run_name == task and self.state.global_step == step - 1 and not calls:
+            calls.append(step)
+            happen(self)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(BandedTrainer, method, watched)
+
+
+def sigterm(trainer: BandedTrainer) -> None:
+    """As `kill` sends it."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def killed(trainer: BandedTrainer) -> None:
+    """As a kill: nothing is saved any more."""
+    raise KeyboardInterrupt

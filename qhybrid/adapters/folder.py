@@ -35,16 +35,20 @@ from qhybrid.redaction import redacted, redacted_values
 WEIGHTS = "adapter.safetensors"
 
 
-def trained_tensors(model: PeftModel, layout: Layout) -> dict[str, nn.Parameter]:
-    """Every trained parameter by its saved name, such as "model.layers.0.self_attn.q_proj.lora_A"."""
+def trained_tensors(model: PeftModel, layout: Layout, adapter: str = ADAPTER) -> dict[str, nn.Parameter]:
+    """Every trained parameter by its saved name, such as "model.layers.0.self_attn.q_proj.lora_A".
+
+    Args:
+        adapter: peft's name of it.
+    """
     tensors: dict[str, nn.Parameter] = {}
     for row, module in adapted_modules(model, layout):
-        tensors[f"{row.module}.lora_A"] = module.lora_A[ADAPTER].weight
-        tensors[f"{row.module}.lora_B"] = module.lora_B[ADAPTER].weight
+        tensors[f"{row.module}.lora_A"] = module.lora_A[adapter].weight
+        tensors[f"{row.module}.lora_B"] = module.lora_B[adapter].weight
         if row.kind == "dora":
-            tensors[f"{row.module}.lora_magnitude"] = module.lora_magnitude_vector[ADAPTER].weight
+            tensors[f"{row.module}.lora_magnitude"] = module.lora_magnitude_vector[adapter].weight
         elif row.kind == "adalora":
-            tensors[f"{row.module}.lora_lambda"] = module.lora_lambda[ADAPTER]
+            tensors[f"{row.module}.lora_lambda"] = module.lora_lambda[adapter]
     return tensors
 
 

@@ -12,12 +12,15 @@ from qhybrid.architecture.layout import Layout
 
 
 def parameter_groups(
-    model: PeftModel, layout: Layout, *, learning_rate: float, weight_decay: float
+    model: PeftModel, layout: Layout, *, learning_rate: float, weight_decay: float, adapter: str = ADAPTER
 ) -> list[dict[str, Any]]:
     """The trained parameters in named groups, none of them empty.
 
     LoRA+ (arXiv 2402.12354): B gets ratio times the rate of A. Magnitudes, Λ, P and Q get the plain rate, and
     magnitudes and Λ no weight decay: it would pull ||W|| and the pruning decision towards zero.
+
+    Args:
+        adapter: peft's name of it.
 
     Returns:
         Groups with "params", "lr", "weight_decay" and "name", in a fixed order.
@@ -28,17 +31,17 @@ def parameter_groups(
         members.setdefault((name, ratio, decay), []).append(parameter)
 
     for row, module in adapted_modules(model, layout):
-        a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         if row.kind == "adalora":
             add("adalora.PQ", 1.0, weight_decay, a)
             add("adalora.PQ", 1.0, weight_decay, b)
-            add("adalora.lambda", 1.0, 0.0, module.lora_lambda[ADAPTER])
+            add("adalora.lambda", 1.0, 0.0, module.lora_lambda[adapter])
             continue
         add("lora.A", 1.0, weight_decay, a)
         name = "lora.B" if row.loraplus_lr_ratio == 1 else f"lora.B×{row.loraplus_lr_ratio:g}"
         add(name, row.loraplus_lr_ratio, weight_decay, b)
         if row.kind == "dora":
-            add("dora.magnitude", 1.0, 0.0, module.lora_magnitude_vector[ADAPTER].weight)
+            add("dora.magnitude", 1.0, 0.0, module.lora_magnitude_vector[adapter].weight)
     return [
         {"params": parameters, "lr": learning_rate * ratio, "weight_decay": decay, "name": name}
         for (name, ratio, decay), parameters in members.items()

@@ -31,7 +31,7 @@ _ONE_FOR_ALL = (
 )  # fmt: skip
 # One optimizer state moves the shared factors, and one checkpoint holds all tasks.
 _ONE_FOR_SHARED = (
-    "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "save_total_limit", "save_only_model",
+    "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "save_total_limit",
 )  # fmt: skip
 _ONE_PARAMETER_AT_A_TIME = ("adam", "paged_adam", "lion", "paged_lion", "sgd", "adagrad", "rmsprop", "ademamix")
 
@@ -222,8 +222,8 @@ def _check_shared(recipe: Recipe, shared: BandSection) -> None:
             raise _refused(
                 (*at, name), "beside shared there is no best of one task: the others have gone on since"
             )
-        if training.train_sampling_strategy == "batch_rebalance":
-            raise _refused((*at, "train_sampling_strategy"), "batch_rebalance cannot be resumed beside shared")
+        if training.save_only_model:
+            raise _refused((*at, "save_only_model"), "beside shared a checkpoint is for all to go on from")
 
 
 def _require_one(recipe: Recipe, names: tuple[str, ...], why: str) -> None:

@@ -44,6 +44,7 @@ class Run:
     resume_from: Path | None = None
     notes: tuple[str, ...] = ()
     whole: Path | None = None
+    has_own_checkpoints: bool = True  # else they are those of the run of all
 
     recipe_file = property(lambda self: self.folder / "recipe.yaml")
     layout_file = property(lambda self: self.folder / "layout.json")
@@ -52,7 +53,9 @@ class Run:
     base_file = property(lambda self: self.folder / "base.json")
     deepspeed_file = property(lambda self: self.folder / "deepspeed.json")
     events_file = property(lambda self: self.folder / "events.jsonl")
-    checkpoints = property(lambda self: self.folder / "checkpoints")
+    checkpoints = property(
+        lambda self: (self.folder if self.has_own_checkpoints else self.claimed) / "checkpoints"
+    )
     adapter = property(lambda self: self.folder / "adapter")
     claimed = property(lambda self: self.whole or self.folder)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
@@ -186,7 +187,8 @@ class Session:
             as_override: the command line's word for what a word changes in a recipe of this session alone.
             clock: seconds that this session has had.
         """
-        self.prepared, self.run, self._info, self._console, self._signals = prepared, run, info, console, signals
+        self.prepared, self.run, self.info = prepared, run, info
+        self._console, self._signals = console, signals
         self.expected = expected or prepared.expected
         self._as_override, self._clock = as_override, clock
         self.events = EventLog(run.events_file if place().is_main else Path(os.devnull))
@@ -204,11 +206,10 @@ class Session:
             last: callbacks that come after all but the one that asks whether to stop.
         """
         recipe, layout, inputs = self.prepared.recipe, self.prepared.layout, self.prepared.inputs
-        set_seed(recipe.training.seed)  # the adapters' initial values, as in trl
-        adapted = attach(model, layout, dtype=getattr(torch, recipe.adapter_dtype))
+        adapted = self.attach(model)
         if inputs.data.chat_template:
             inputs.tokenizer.chat_template = inputs.data.chat_template
-        self.trainer = trainer = self._make_trainer(adapted)
+        self.trainer = trainer = self._trainer_of(adapted)
         self._display = ProgressDisplay(
             self._console,
             line_every=int(recipe.training.logging_steps) or 1,
@@ -245,13 +246,27 @@ class Session:
             AllocationError: an AdaLoRA band never allocated.
         """
         with whole_folder(self.run.adapter) as folder:
-            save_adapter(self.trainer.model, self.prepared.layout, self._info, folder)
+            self.save(folder)
             save_tokenizer(self.prepared.inputs.tokenizer, folder)
         self._require_allocations()
         figures = figures_of(self.trainer, self.events, self.run, seconds=self._clock() - self._began)
         figures |= {f"predicted_{name}": value for name, value in self._predicted.items()}
         self.events.write("end", **figures)
         return figures
+
+    def attach(self, model: PreTrainedModel) -> PeftModel:
+        """The base model with new adapters."""
+        recipe = self.prepared.recipe
+        set_seed(recipe.training.seed)  # the adapters' initial values, as in trl
+        return attach(model, self.prepared.layout, dtype=getattr(torch, recipe.adapter_dtype))
+
+    def make_trainer(self, **settings: Any) -> BandedTrainer:
+        """The trainer with these arguments."""
+        return BandedTrainer(**settings)
+
+    def save(self, folder: Path) -> None:
+        """Write what was trained as an adapter folder."""
+        save_adapter(self.trainer.model, self.prepared.layout, self.info, folder)
 
     def stopped(self, error: BaseException) -> BaseException:
         """Write down what ended the run; the error to raise for it, which is another one where that tells more."""
@@ -286,11 +301,11 @@ class Session:
         self.events.write(event, **facts)
         self.say(told(event, facts, self.expected))
 
-    def _make_trainer(self, model) -> BandedTrainer:
+    def _trainer_of(self, model: PeftModel) -> BandedTrainer:
         prepared = self.prepared
         try:
             with _tensorboard_in(self.run.folder / "tensorboard"):
-                return BandedTrainer(
+                return self.make_trainer(
                     model=model,
                     recipe=prepared.recipe,
                     layout=prepared.layout,

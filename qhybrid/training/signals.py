@@ -40,9 +40,14 @@ class StopSignals:
         finally:
             self._training = False
 
-    def ask(self) -> None:
-        """Have all training stop as SIGTERM does, but without a word: something else ended the run."""
+    def ask(self) -> int:
+        """Have all training stop as SIGTERM does, but without a word: something else ended the run.
+
+        Returns:
+            The number of the signal that it is stopped by.
+        """
         self.received = self.received or signal.SIGTERM
+        return self.received
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler. A second SIGINT, some seconds after the first, ends the run at once."""

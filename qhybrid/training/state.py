@@ -59,11 +59,15 @@ def optimizer_content(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, named: Named, zero: ZeroAccess | None, folder: Path, numbers: dict[str, Any]
+    optimizer: torch.optim.Optimizer,
+    named: Named,
+    zero: ZeroAccess | None,
+    tensors: Mapping[str, Tensor],
+    numbers: dict[str, Any],
 ) -> None:
-    """Undo `optimizer_content`, from the files of `folder`."""
+    """Undo `optimizer_content`, which gave `tensors` and `numbers`."""
     states: dict[str, dict[str, Any]] = {name: dict(numbers["scalars"].get(name, {})) for name in named}
-    for key, value in read_tensors(folder / OPTIMIZER).items():
+    for key, value in tensors.items():
         name, _, state = key.rpartition(":")
         states[name][state] = value
     for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=True):

@@ -106,17 +106,20 @@ class BandedTrainer(CheckpointingTrainer):
                 "so dropped triplets would come back in the result",
                 hint="choose another optimizer, or other kinds of bands",
             )
-        groups = parameter_groups(
+        try:
+            self.optimizer = optimizer_class(self.parameter_groups(), **settings)
+        except (TypeError, ValueError) as error:  # adam_beta1 above 1, say
+            raise self._refused("optim", error) from None
+        return self.optimizer
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The trained parameters in groups."""
+        return parameter_groups(
             self.model,
             self.layout,
             learning_rate=self.args.learning_rate,
             weight_decay=self.args.weight_decay,
         )
-        try:
-            self.optimizer = optimizer_class(groups, **settings)
-        except (TypeError, ValueError) as error:  # adam_beta1 above 1, say
-            raise self._refused("optim", error) from None
-        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """As transformers'; what it refuses is a mistake in the recipe."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -21,13 +21,14 @@ from qhybrid.adapters.access import DIRECT
 from qhybrid.adapters.allocator import RankAllocator
 from qhybrid.adapters.folder import load_weights, save_weights, trained_tensors
 from qhybrid.architecture.layout import Layout
-from qhybrid.base.tensor_files import write_tensors
+from qhybrid.base.tensor_files import read_tensors, write_tensors
 from qhybrid.disk import write_bytes
 from qhybrid.recipe.schema import Recipe
 from qhybrid.redaction import redacted_values
 from qhybrid.training.checkpoint import prune, staged
 from qhybrid.training.processes import agree, gather, is_several, place
 from qhybrid.training.state import (
+    OPTIMIZER,
     optimizer_content,
     random_state,
     read_numbers,
@@ -116,15 +117,31 @@ class CheckpointingTrainer(RowsTrainer):
             return False
         return not any(entry["step"] == state.global_step and "eval_loss" in entry for entry in state.log_history)
 
+    def saved(self) -> dict[str, nn.Parameter]:
+        """Every parameter that a checkpoint of this trainer holds, by its saved name."""
+        return trained_tensors(self.model, self.layout)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Every parameter of the optimizer, by name."""
+        return self.saved()
+
     def _save_checkpoint(self, model, trial) -> None:
         """A checkpoint of our own: gathered from all processes, written by the first, whole or not at all."""
+        content = self._checkpoint_content()
+        if is_several() and not place().is_main:
+            agree(lambda: None)
+        else:
+            agree(lambda: self._write_checkpoint(*content))
+        self.state.best_model_checkpoint = self._best_checkpoint()
+
+    def _checkpoint_content(self) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], dict[str, Any]]:
+        """The optimizer's states, the random state of each process, and numbers. Every process must call it."""
         self.store_flos()
-        named = trained_tensors(self.model, self.layout)
         states: dict[str, Tensor] = {}
         numbers: dict[str, Any] = {}
         rng = [random_state()]
         if not self.args.save_only_model or self.is_stopping:  # a stopped run goes on
-            states, optimizer = optimizer_content(self._base_optimizer(), named, self._zero)
+            states, optimizer = optimizer_content(self._base_optimizer(), self.saved(), self._zero)
             scaler = getattr(self.accelerator, "scaler", None)
             numbers = {
                 "optimizer": optimizer,
@@ -135,27 +152,26 @@ class CheckpointingTrainer(RowsTrainer):
                 "evaluation_pending": self.evaluation_pending or self.is_epoch_evaluation_due(),
             }
             rng = gather(rng[0])
-        if is_several() and not place().is_main:
-            agree(lambda: None)
-        else:
-            agree(lambda: self._write_checkpoint(named, states, rng, numbers))
-        self.state.best_model_checkpoint = self._best_checkpoint()
+        return states, rng, numbers
 
-    def _write_checkpoint(self, named, states, rng, numbers) -> None:
+    def _write_checkpoint(self, states, rng, numbers) -> None:
         checkpoints, step = Path(self.args.output_dir), self.state.global_step
         with staged(checkpoints, step) as folder:
-            save_weights(self.model, self.layout, folder)
-            scores = {f"{a.band}:{key}": value for a in self.allocators for key, value in a.state_dict().items()}
-            if scores:
-                write_tensors(folder / ALLOCATORS, scores)
-            if numbers:
-                write_state(folder, tensors=states, rng=rng, numbers=numbers)
             self.state.best_model_checkpoint = self._best_checkpoint(step)
-            self._take_callback_states()
-            text = json.dumps(redacted_values(dataclasses.asdict(self.state)), indent=2, sort_keys=True) + "\n"
-            write_bytes(folder / TRAINER_STATE_NAME, text.encode())
+            self._fill_checkpoint(folder, states, rng, numbers)
         best, limit = self.state.best_model_checkpoint, self.recipe.training.save_total_limit
         prune(checkpoints, newest=step, limit=limit, keep=checkpoints / Path(best).name if best else None)
+
+    def _fill_checkpoint(self, folder: Path, states, rng, numbers) -> None:
+        save_weights(self.model, self.layout, folder)
+        scores = {f"{a.band}:{key}": value for a in self.allocators for key, value in a.state_dict().items()}
+        if scores:
+            write_tensors(folder / ALLOCATORS, scores)
+        if numbers:
+            write_state(folder, tensors=states, rng=rng, numbers=numbers)
+        self._take_callback_states()
+        text = json.dumps(redacted_values(dataclasses.asdict(self.state)), indent=2, sort_keys=True) + "\n"
+        write_bytes(folder / TRAINER_STATE_NAME, text.encode())
 
     def _best_checkpoint(self, being_written: int | None = None) -> str | None:
         step = self.state.best_global_step
@@ -184,8 +200,8 @@ class CheckpointingTrainer(RowsTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
         folder = Path(checkpoint)
         numbers = read_numbers(folder)
-        named = trained_tensors(self.model, self.layout)
-        restore_optimizer(self._base_optimizer(), named, self._zero, folder, numbers["optimizer"])
+        content = self._read_optimizer(folder)
+        restore_optimizer(self._base_optimizer(), self.trained(), self._zero, *content)
         self.lr_scheduler.load_state_dict(numbers["scheduler"])
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and numbers["scaler"]:
@@ -194,6 +210,10 @@ class CheckpointingTrainer(RowsTrainer):
         # DeepSpeed takes an optimizer step for each part; see `_can_split`.
         self.micro_batch = numbers["micro_batch"] if self.recipe.distributed.is_single else None
         self.evaluation_pending = numbers["evaluation_pending"]
+
+    def _read_optimizer(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `optimizer_content` gave."""
+        return read_tensors(folder / OPTIMIZER), read_numbers(folder)["optimizer"]
 
     def _run_epoch(self, model, epoch, train_dataloader, **others) -> None:
         if self.evaluation_pending:  # the evaluation that a signal came before, and what follows from it

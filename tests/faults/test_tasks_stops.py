@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from runs import assert_same, checkpoints_of, forget_repeats, one_thread, status_of, steps_of
-from task_helpers import tasks_recipe, turns_of
+from task_helpers import at_step, killed, sigterm, tasks_recipe, turns_of
 
 from qhybrid.errors import NonFiniteError, TrainingError
 from qhybrid.recipe.load import LoadedRecipe
-from qhybrid.training import trainer_checkpoints
+from qhybrid.training import signals, trainer_checkpoints
 from qhybrid.training.checkpoint import step_of
 from qhybrid.training.session import SftResult
 from qhybrid.training.sft import run_sft
@@ -41,27 +43,6 @@ def again(whole, tmp_path) -> LoadedRecipe:
     """The same tasks in another folder."""
     loaded, _ = whole
     return LoadedRecipe(loaded.recipe.model_copy(update={"output_dir": str(tmp_path / "run")}), loaded.path)
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, task: str, step: int, happen, method: str = "training_step") -> None:
-    """Call `happen` where a task begins a micro-batch of its step, once."""
-    real, calls = getattr(BandedTrainer, method), []
-
-    def watched(self, *args, **kwargs):
-        if Path(self.args.output_dir).parent.name == task and self.state.global_step == step - 1 and not calls:
-            calls.append(step)
-            happen(self)
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(BandedTrainer, method, watched)
-
-
-def sigterm(trainer) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def killed(trainer) -> None:
-    raise KeyboardInterrupt
 
 
 def assert_all_same(run: Path, whole: Path) -> None:
@@ -107,6 +88,26 @@ def test_a_signal_saves_every_task_where_it_is(again, whole, monkeypatch, task, 
     assert turns_of(folder) == turns_of(whole[1])  # the order goes on where it was
 
 
+def test_a_second_interrupt_ends_all_at_once(again, whole, monkeypatch):
+    folder = Path(again.recipe.output_dir)
+
+    def impatient(trainer) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(signals, "_SECONDS_OF_ONE_PRESS", 0.0)
+        at_step(patched, "bands", 4, impatient)
+        with pytest.raises(Interrupted) as caught:
+            train(again)
+    assert caught.value.exit_code == 130
+    assert (newest(folder, "bands"), newest(folder, "rs")) == (2, 0)  # nothing was saved for it
+    assert not [thread for thread in threading.enumerate() if thread.daemon and "_run" in thread.name]
+    train(again, resume=True)
+    assert_all_same(folder, whole[1])
+
+
 def test_a_signal_in_an_evaluation(again, whole, monkeypatch):
     folder = Path(again.recipe.output_dir)
     with monkeypatch.context() as patched:
@@ -146,7 +147,7 @@ def test_out_of_memory_in_one_says_what_takes_less(again, monkeypatch):
     at_step(monkeypatch, "rs", 2, full)
     with pytest.raises(TrainingError, match="task rs: out of memory; the plan expected") as caught:
         train(again)
-    assert caught.value.hint.startswith("try model.dtype=bfloat16 model.adapter_dtype=null; stopped before the first")
+    assert caught.value.hint.startswith("try model.dtype=bfloat16 model.adapter_dtype=null; stopped before")
 
 
 def test_a_full_disk_ends_all_with_one_message(again, whole, monkeypatch):

@@ -18,12 +18,26 @@ from qhybrid.planner.holdings import adalora_scores, adapter_bytes, dora_norms, 
 from qhybrid.planner.memory import Prediction, predict
 from qhybrid.planner.optimizers import rule_of
 from qhybrid.planner.plan import Budget, Plan, RankCap, assemble
-from qhybrid.planner.solve import Planner, fits, largest, largest_ranks, rank_caps, with_ranks
+from qhybrid.planner.solve import Planner, fits, largest, largest_ranks, rank_caps, with_ranks, with_training
 from qhybrid.planner.workload import WIDTHS, Device
 from qhybrid.recipe.schema import Recipe
-from qhybrid.recipe.tasks import OWN_SECTIONS, SHARED, adapter_recipes, task_recipes, with_adapter_recipes
+from qhybrid.recipe.tasks import (
+    ONE_FOR_ALL,
+    ONE_FOR_SHARED,
+    OWN_SECTIONS,
+    SHARED,
+    adapter_recipes,
+    task_recipes,
+    with_adapter_recipes,
+)
 
 _SHARES = 64  # ranks are lowered in so many steps
+# training's, where memory.checkpoint_layers is for all
+_CHECKPOINTING = (
+    "gradient_checkpointing", "gradient_checkpointing_kwargs",
+    "activation_checkpointing", "activation_checkpointing_kwargs",
+)  # fmt: skip
+_FOR_ALL_TASKS = (*ONE_FOR_ALL, *ONE_FOR_SHARED, *_CHECKPOINTING)
 _OF_THE_BASE = ("base weights", "unquantised weights")
 _STATIC = (*_OF_THE_BASE, "adapters", "optimizer states", "AdaLoRA scores", "DoRA norms")
 
@@ -209,7 +223,7 @@ def ways_to_fit_tasks(recipe: Recipe, spec: ModelSpec, plan: Planner) -> tuple[l
         changes, enough = ways_to_fit(task_recipes(now)[name], spec, replan)
         for change in changes:
             recipe = with_task(now, name, change.recipe)
-            words = tuple(task_override(recipe, name, word) for word in change.overrides)
+            words = tuple(task_override(now, name, word) for word in change.overrides)
             taken.append(replace(change, overrides=words, recipe=recipe))
         if enough:
             return taken, True
@@ -217,20 +231,31 @@ def ways_to_fit_tasks(recipe: Recipe, spec: ModelSpec, plan: Planner) -> tuple[l
 
 
 def with_task(recipe: Recipe, name: str, changed: Recipe) -> Recipe:
-    """The recipe with another recipe of one task; what that changes of the model counts for all."""
-    replaced = with_adapter_recipes(recipe, adapter_recipes(recipe) | {name: changed})
+    """The recipe with another recipe of one task; what must be one for all, or is best so, changes for all."""
+    parts = adapter_recipes(recipe) | {name: changed}
+    before = task_recipes(recipe)[name].training
+    common = {
+        field: value
+        for field in _FOR_ALL_TASKS
+        if (value := getattr(changed.training, field)) != getattr(before, field)
+    }
+    parts = {other: with_training(part, **common) if common else part for other, part in parts.items()}
     whole = {section: getattr(changed, section) for section in ("model", "quantization", "memory")}
-    return replaced.model_copy(update=whole)
+    return with_adapter_recipes(recipe, parts).model_copy(update=whole)
 
 
 def task_override(recipe: Recipe, name: str, word: str) -> str:
-    """The command line's word for a task that changes what `word` changes in a recipe of its own."""
-    if word.split(".")[0] not in OWN_SECTIONS:
+    """The command line's words for `with_task`, where `word` changes the recipe of the task alone."""
+    section, _, rest = word.partition(".")
+    if section not in OWN_SECTIONS:
         return word
     names = [task.name for task in recipe.tasks]
+    is_for_all = section == "training" and rest.partition("=")[0] in _FOR_ALL_TASKS
     # The command line splits at dots, and takes digits for a place in the list.
-    shown = str(names.index(name)) if "." in name or name.isdigit() else name
-    return f"tasks.{shown}.{word}"
+    shown = [str(place) if "." in each or each.isdigit() else each for place, each in enumerate(names)]
+    return " ".join(
+        f"tasks.{each}.{word}" for each, own in zip(shown, names, strict=True) if is_for_all or own == name
+    )
 
 
 def task_overrides_between(before: Recipe, after: Recipe) -> tuple[str, ...]:

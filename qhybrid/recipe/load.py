@@ -252,7 +252,7 @@ def _list_index(items: list, part: str, override: str) -> int:
     if part.isascii() and part.isdecimal() and len(part) < 10 and int(part) < len(items):
         return int(part)
     names = [
-        str(item.get("band", item.get("name", item.get("layers")))) if isinstance(item, dict) else str(item)
+        str(item.get("band", item.get("name", item.get("layers", "all")))) if isinstance(item, dict) else str(item)
         for item in items
     ]
     derived = [f"band{index}" for index in range(len(items))]  # as the schema calls a band without a name

@@ -25,12 +25,12 @@ OWN_SECTIONS = ("adapters", "data", "training")  # a task's own; what it leaves 
 _BY_KEY = ("data", "training")  # a task may give some of their keys; adapters are taken as a whole
 
 # The libraries keep these once for a process.
-_ONE_FOR_ALL = (
+ONE_FOR_ALL = (
     "use_cpu", "bf16", "fp16", "tf32", "full_determinism", "use_liger_kernel", "liger_kernel_config",
     "torch_compile", "torch_compile_backend", "torch_compile_mode", "log_level", "log_level_replica",
 )  # fmt: skip
 # One optimizer state moves the shared factors, and one checkpoint holds all tasks.
-_ONE_FOR_SHARED = (
+ONE_FOR_SHARED = (
     "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "save_total_limit",
 )  # fmt: skip
 _ONE_PARAMETER_AT_A_TIME = ("adam", "paged_adam", "lion", "paged_lion", "sgd", "adagrad", "rmsprop", "ademamix")
@@ -190,7 +190,7 @@ def check_tasks(recipe: Recipe) -> None:
             problem = error.errors()[0]
             message = str(problem.get("ctx", {}).get("error", problem["msg"]))
             raise _refused(("tasks", index), message) from None
-    _require_one(recipe, _ONE_FOR_ALL, "is one for the whole process")
+    _require_one(recipe, ONE_FOR_ALL, "is one for the whole process")
     if recipe.shared is not None:
         _check_shared(recipe, recipe.shared)
 
@@ -211,7 +211,7 @@ def _check_shared(recipe: Recipe, shared: BandSection) -> None:
             raise _refused(
                 place, f"{band.kind} makes no sum with another adapter: beside shared there are lora and rslora"
             )
-    _require_one(recipe, _ONE_FOR_SHARED, "is one for all beside shared")
+    _require_one(recipe, ONE_FOR_SHARED, "is one for all beside shared")
     for index, task in enumerate(recipe.tasks):
         training = task.training
         at = ("tasks", index, "training")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import THREE_BANDS, chat_rows, write_rows
 
 from qhybrid.recipe.load import LoadedRecipe, parse_recipe
@@ -49,16 +50,17 @@ def tasks_recipe(folder: Path, model: Path, *names: str, **changes: Any) -> Load
     """Those of TASKS that are named, or all, with data of their own.
 
     Args:
-        changes: sections of the recipe; `training` is laid over that of all tasks.
+        changes: sections of the recipe; `training` is laid over that of all, `of_tasks` has sections by task.
     """
-    tasks = []
+    tasks, of_tasks = [], changes.pop("of_tasks", {})
     for index, task in enumerate(TASKS):
         if names and task["name"] not in names:
             continue
         rows = write_rows(folder / f"{task['name']}.jsonl", chat_rows(16 + 4 * index, seed=index))
         held = write_rows(folder / "held.jsonl", chat_rows(6, seed=99))
         task = {**task, "training": {**task["training"], "run_name": task["name"]}}
-        tasks.append({**task, "data": {"sources": str(rows), "eval_sources": str(held)}})
+        data = {"data": {"sources": str(rows), "eval_sources": str(held)}}
+        tasks.append({**task, **data, **of_tasks.get(task["name"], {})})
     training = {
         "max_steps": 8,
         "per_device_train_batch_size": 2,
@@ -70,7 +72,7 @@ def tasks_recipe(folder: Path, model: Path, *names: str, **changes: Any) -> Load
         "seed": 0,
         **changes.pop("training", {}),
     }
-    replaced = set.intersection(*(set(task["training"]) for task in tasks))  # or it would have no effect
+    replaced = set.intersection(*(set(task.get("training", {})) for task in tasks))  # or it would have no effect
     values = {
         "model": {"path": str(model), "dtype": "float32"},
         "adapters": None if all("adapters" in task for task in tasks) else BANDS,
@@ -122,3 +124,13 @@ def sigterm(trainer: BandedTrainer) -> None:
 def killed(trainer: BandedTrainer) -> None:
     """As a kill: nothing is saved any more."""
     raise KeyboardInterrupt
+
+
+def storages(*models: torch.nn.Module) -> dict[int, int]:
+    """Bytes of every piece of memory that the tensors of some models lie in, 4-bit scales included."""
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    for module in (module for model in models for module in model.modules()):
+        state = getattr(module, "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}

@@ -27,6 +27,7 @@ from qhybrid.recipe.tasks import (
     OWN_SECTIONS,
     SHARED,
     adapter_recipes,
+    of_task,
     task_recipes,
     with_adapter_recipes,
 )
@@ -62,7 +63,10 @@ def plan_tasks(
         LayoutError: the bands of a task do not fit the model.
     """
     parts = adapter_recipes(recipe)
-    layouts = {name: build_layout(part.adapters, spec) for name, part in parts.items()}
+    layouts = {}
+    for name, part in parts.items():
+        with of_task(name):
+            layouts[name] = build_layout(part.adapters, spec)
     shared = layouts.get(SHARED) if recipe.shared else None
     predictions = {
         name: predict(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic_core import InitErrorDetails
 
+from qhybrid.errors import QhybridError
 from qhybrid.recipe.band import BandSection
 from qhybrid.recipe.data import DataSection
 from qhybrid.recipe.excerpt import excerpt
@@ -139,6 +141,21 @@ def task_recipes(recipe: Recipe) -> dict[str, Recipe]:
         )
         for task in recipe.tasks
     }
+
+
+@contextlib.contextmanager
+def of_task(name: str) -> Iterator[None]:
+    """Say of every error in the block which task it is of."""
+    try:
+        yield
+    except QhybridError as error:
+        named(error, name)
+        raise
+
+
+def named(error: QhybridError, task: str) -> None:
+    """Say which task an error is of, before what it says itself of the place."""
+    error.where = f"task {task}" if error.where is None else f"task {task}: {error.where}"
 
 
 def adapter_recipes(recipe: Recipe) -> dict[str, Recipe]:

@@ -13,7 +13,7 @@ from qhybrid.data.readers import check_local_source, with_whole_paths
 from qhybrid.errors import RecipeError
 from qhybrid.recipe.load import LoadedRecipe, resolve
 from qhybrid.recipe.schema import Recipe
-from qhybrid.recipe.tasks import adapter_recipes, task_recipes, with_adapter_recipes
+from qhybrid.recipe.tasks import adapter_recipes, of_task, task_recipes, with_adapter_recipes
 from qhybrid.training.claim import check_claim
 from qhybrid.training.planning import with_earlier_caps
 from qhybrid.training.processes import with_processes
@@ -74,8 +74,9 @@ def check_inputs(recipe: Recipe, base_folder: Path) -> None:
     Raises:
         QhybridError: what `run_sft` would raise later.
     """
-    for own in task_recipes(recipe).values():
-        check_inputs(own, base_folder)
+    for name, own in task_recipes(recipe).items():
+        with of_task(name):
+            check_inputs(own, base_folder)
     if recipe.tasks:
         return
     for source in (*recipe.data.sources, *recipe.data.eval_sources):

@@ -20,7 +20,7 @@ from qhybrid.planner.plan import Plan
 from qhybrid.planner.tasks import task_override
 from qhybrid.recipe.load import LoadedRecipe
 from qhybrid.recipe.schema import Recipe
-from qhybrid.recipe.tasks import FOLDER, SHARED, adapter_recipes, task_recipes
+from qhybrid.recipe.tasks import FOLDER, SHARED, adapter_recipes, of_task, task_recipes
 from qhybrid.training.checkpoint import require_space
 from qhybrid.training.claim import claim
 from qhybrid.training.display import NamedConsole
@@ -144,7 +144,10 @@ def _plan(loaded: LoadedRecipe, recipe: Recipe, date: str | None, resume: bool) 
     recipe, plan = plan_early(recipe, hardware, earlier)
     base = model_folder(recipe.model)
     date = date or datetime.date.today().isoformat()
-    inputs = {name: read_inputs(own, base, loaded.folder, date) for name, own in task_recipes(recipe).items()}
+    inputs = {}
+    for name, own in task_recipes(recipe).items():
+        with of_task(name):
+            inputs[name] = read_inputs(own, base, loaded.folder, date)
     spec = next(iter(inputs.values())).spec
     longest = {name: each.data.longest for name, each in inputs.items()}
     if plan is None:
@@ -261,4 +264,5 @@ def _build(tasks: list[Task], recipe: Recipe) -> None:
     """Make the trainers on one model, of which nothing but the weights stays."""
     model = load_model(recipe)
     for task in tasks:
-        task.build(model)
+        with of_task(task.name):
+            task.build(model)

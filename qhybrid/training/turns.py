@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from qhybrid.base.share import share_weights
 from qhybrid.errors import QhybridError
+from qhybrid.recipe.tasks import named
 from qhybrid.training.callbacks.turns import TakeTurns
 from qhybrid.training.coroutine import Coroutine
 from qhybrid.training.events import EventLog
@@ -139,8 +140,8 @@ def take_turns(
                 results[at.name] = at.finish()
     except BaseException as error:
         told = at.session.stopped(error)
-        if isinstance(told, QhybridError) and told.where is None:
-            told.where = f"task {at.name}"
+        if isinstance(told, QhybridError):
+            named(told, at.name)
         # The second signal ends all at once.
         may_save = not is_common and not isinstance(error, KeyboardInterrupt)
         _stop([task for task in tasks if task is not at and task.name not in results], signals, may_save)

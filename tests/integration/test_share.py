@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import randomize_adapters, tiny_layout
 from peft import LoraConfig, get_peft_model
+from task_helpers import storages
 
 from qhybrid.adapters.attach import attach
 from qhybrid.base.load import keep_exact_on_cpu, load_base
@@ -22,16 +23,6 @@ def base_of(folder, method: str = "nf4"):
     model = load_base(section, QuantizationSection(method=method), device="cpu")
     keep_exact_on_cpu(model)
     return model
-
-
-def storages(*models: torch.nn.Module) -> dict[int, int]:
-    """Bytes of every piece of memory that the tensors of some models lie in, 4-bit scales included."""
-    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-    for module in (module for model in models for module in model.modules()):
-        state = getattr(module, "quant_state", None)
-        if state is not None:
-            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 @torch.no_grad()

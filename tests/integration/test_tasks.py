@@ -9,12 +9,14 @@ import torch
 from helpers import run_cli
 from rich.console import Console
 from safetensors.torch import load_file
-from task_helpers import TASKS, alone, tasks_recipe, turns_of
+from task_helpers import TASKS, alone, storages, tasks_recipe, turns_of
 
-from qhybrid.errors import RunFolderError
+from qhybrid.errors import QhybridError, RunFolderError
 from qhybrid.recipe.load import dump_recipe, parse_recipe, resolve
+from qhybrid.training import session
 from qhybrid.training.events import read_events
 from qhybrid.training.sft import run_sft
+from qhybrid.training.trainer import BandedTrainer
 from qhybrid.training.turns import due
 
 QUIET = Console(quiet=True)
@@ -94,6 +96,63 @@ def test_the_folder_of_all_tells_of_all(trained):
     for name in NAMES:
         (planned,) = read_events(folder / "tasks" / name / "events.jsonl", "plan")
         assert planned["predicted"]["process_bytes"] == plan["for_this_data"]["host_bytes"]  # of the process
+
+
+def test_the_tensors_are_those_of_the_plan(tmp_path, tiny_model_folder, monkeypatch):
+    """One base, three adapters and three optimizer states, counted by the memory that they lie in."""
+    kept: list[BandedTrainer] = []
+
+    class Kept(BandedTrainer):
+        def train(self, *args, **kwargs):
+            kept.append(self)
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(session, "BandedTrainer", Kept)
+    result = run_sft(tasks_recipe(tmp_path, tiny_model_folder, training={"save_steps": 100}), console=QUIET)
+    planned = json.loads((result.run.folder / "plan.json").read_text())["for_this_data"]["components"]
+    adapters = sum(size for name, size in planned.items() if name.startswith("adapters: "))
+    base = planned["base weights"] + planned["unquantised weights"]
+    assert len(kept) == 3
+    # Of the norms, those that are held until the next step are gone.
+    held = sum(storages(*(trainer.model for trainer in kept)).values())
+    assert held == pytest.approx(base + adapters + planned["DoRA norms"] / 2, rel=0.001)
+    moments = [
+        value.numel() * value.element_size()
+        for trainer in kept
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+    ]
+    assert sum(moments) == planned["optimizer states"]
+
+
+LATE = {"kind": "adalora", "adalora": {"warmup": 50}}
+
+
+@pytest.mark.parametrize(
+    ("task", "sections", "words"),
+    [
+        (
+            "bands",
+            {"training": {"load_best_model_at_end": True}},
+            "task bands: training: --load_best_model_at_end",
+        ),
+        ("rs", {"data": {"sources": "nowhere.jsonl"}}, "task rs: .*nowhere.jsonl"),
+        ("ada", {"adapters": [{"layers": "7"}]}, "task ada: band 'band0': .*7"),
+        ("ada", {"adapters": [LATE]}, "task ada: .*warm-up takes 50"),
+        ("rs", {"training": {"lr_scheduler_type": "cosine_with_min_lr"}}, "task rs: training.lr_scheduler_type"),
+    ],
+)
+def test_what_is_wrong_with_one_task_names_it(tmp_path, tiny_model_folder, task, sections, words):
+    sections = {"training": {}, **sections}
+    if task == "bands":
+        sections["training"] |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+    loaded = tasks_recipe(tmp_path, tiny_model_folder, of_tasks={task: sections})
+    with pytest.raises(QhybridError, match=f"^{words}") as caught:
+        run_sft(loaded, console=QUIET)
+    assert caught.value.exit_code == 2
+    if (tmp_path / "run").exists():  # what the trainer alone finds; nothing is lost
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+        run_sft(tasks_recipe(tmp_path, tiny_model_folder, "ada", adapters=None), console=QUIET)
 
 
 def test_a_finished_run_is_left_alone(trained):

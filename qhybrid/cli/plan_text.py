@@ -10,8 +10,8 @@ from rich.text import Text
 
 from qhybrid.planner import constants
 from qhybrid.planner.advise import Change, overrides_between, ways_to_fit, ways_to_spend
-from qhybrid.planner.plan import Plan, make_plan
-from qhybrid.planner.solve import solve_rank
+from qhybrid.planner.plan import BUDGET, Plan, make_plan
+from qhybrid.planner.solve import asked_ranks, solve_rank
 from qhybrid.planner.workload import checkpointed_layers, row_length
 from qhybrid.units import format_bytes, format_count
 
@@ -64,7 +64,7 @@ def show_recommendation(text: str, recipe: Recipe, plan: Plan, facts: ModelFacts
     lines += ["", "# The plan", *(f"# {line}" for line in _verdict(plan))]
     for cap in plan.caps:
         if cap.got != cap.asked:
-            lines.append(f"# band {cap.band}: rank {cap.asked} asked for, {cap.got} fits")
+            lines.append(f"# {cap.told}: more does not fit")
     _say(console, lines)
 
 
@@ -72,7 +72,7 @@ def solved(quantity: str, recipe: Recipe) -> Any:
     """The value that was solved for, as JSON."""
     match quantity:
         case "rank":
-            return {band.band: band.rank for band in recipe.adapters}
+            return asked_ranks(recipe)
         case "micro_batch":
             return recipe.training.per_device_train_batch_size
         case "max_length":
@@ -117,7 +117,8 @@ def _solved_lines(quantity: str, asked: Recipe, recipe: Recipe, plan: Plan) -> l
 def _caps(console: Console, plan: Plan) -> None:
     for cap in plan.caps:
         word = "as asked for" if cap.got == cap.asked else f"{cap.asked} was asked for"
-        _say(console, [f"band      {cap.band}: rank {cap.got} ({word})"])
+        what = f"{cap.got:,} parameters of rank" if cap.band == BUDGET else f"{cap.band}: rank {cap.got}"
+        _say(console, [f"band      {what} ({word})"])
 
 
 def _table(plan: Plan, simulated: dict[str, Any] | None) -> Table:

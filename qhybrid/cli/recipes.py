@@ -53,7 +53,7 @@ def show(recipe: str, overrides: tuple[str, ...], layout: bool, config: str | No
         return
     from qhybrid.architecture.bands import build_layout
 
-    built = build_layout(loaded.recipe.adapters, _spec(loaded.recipe.model, config))
+    built = build_layout(loaded.recipe, _spec(loaded.recipe.model, config))
     click.echo(built.to_json() if as_json else built.to_text(), nl=not as_json)
 
 

@@ -10,6 +10,7 @@ from qhybrid.architecture.spec import ModelSpec
 from qhybrid.planner.plan import Plan
 from qhybrid.planner.solve import (
     Planner,
+    asked_ranks,
     checkpointing,
     fits,
     largest,
@@ -108,7 +109,7 @@ def ways_to_spend(recipe: Recipe, spec: ModelSpec, plan: Planner) -> list[Change
     if bigger is not None:
         found.append(_change(recipe, bigger[0], here, plan(bigger[0]), bigger[1]))
     more = solve_rank(recipe, spec, plan)
-    if more and [band.rank for band in more.adapters] != [band.rank for band in recipe.adapters]:
+    if more and asked_ranks(more) != asked_ranks(recipe):
         found.append(_change(recipe, more, here, plan(more), "rank is a weak lever: try it last"))
     return found
 
@@ -238,6 +239,8 @@ def _attention_only(recipe: Recipe, spec: ModelSpec, plan: Planner):
 def _less_rank(recipe: Recipe, spec: ModelSpec, plan: Planner):
     changed = solve_rank(recipe, spec, plan, no_more_than_asked=True)
     if changed is None:
+        if recipe.rank_budget is not None:
+            return None
         lowest = {band.band: band.smallest_rank for band in recipe.adapters if band.rank_weight > 0}
         changed = with_ranks(recipe, lowest)
     return (changed, "other results, usually slightly") if changed != recipe else None
@@ -286,6 +289,8 @@ def overrides_between(before: Recipe, after: Recipe) -> tuple[str, ...]:
         for name in type(one).model_fields:
             if getattr(one, name) != getattr(other, name):
                 found.append(f"{section}.{name}={_written(getattr(other, name))}")
+    if before.rank_budget != after.rank_budget:
+        found.append(f"{'schedule' if before.schedule else 'ranks'}.budget={after.rank_budget}")
     for index, (one, other) in enumerate(zip(before.adapters, after.adapters, strict=True)):
         # The command line splits at dots, and takes digits for a place in the list.
         name = one.band if "." not in one.band and not one.band.isdigit() else str(index)

@@ -27,13 +27,23 @@ class Budget:
     source: str = ""  # "--vram", "memory.vram", "RTX 4090"
 
 
+BUDGET = "budget"  # in the place of a band's name, where one budget is spread over all
+
+
 @dataclass(frozen=True)
 class RankCap:
-    """What a band asked for, and what it got."""
+    """What a band asked for, and what it got; or the budget that is spread over all bands."""
 
-    band: str
+    band: str  # or BUDGET
     asked: int
     got: int
+
+    @property
+    def told(self) -> str:
+        """The change in words."""
+        if self.band == BUDGET:
+            return f"the ranks get a budget of {self.got:,} parameters instead of {self.asked:,}"
+        return f"band {self.band} gets rank {self.got} instead of {self.asked}"
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,7 @@ def make_plan(
     Raises:
         LayoutError: the bands do not fit the model.
     """
-    layout = build_layout(recipe.adapters, spec)
+    layout = build_layout(recipe, spec)
     prediction = predict(recipe, spec, layout, device=device, longest=longest, padded=padded)
     workspace = constants.cublas_workspace(budget.gpu) if device == "cuda" else 0
     load = _load_peak(recipe, spec, device)

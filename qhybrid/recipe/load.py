@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from qhybrid.errors import RecipeError
 from qhybrid.recipe.aliases import (
     MEANT,
+    OVER_ALL_BANDS,
     SECTIONS,
     TOP_LEVEL,
     as_sources,
@@ -102,11 +103,13 @@ def resolve(recipe: Recipe) -> Recipe:
     """The recipe with every value that follows from others written out: alpha, initial ranks, dtypes."""
     bands = []
     for band in recipe.adapters:
-        filled: dict[str, Any] = {"alpha": band.resolved_alpha}
+        # With a schedule every module has a rank, and an alpha, of its own.
+        own = band.schedule is not None or recipe.schedule is not None or recipe.ranks is not None
+        filled: dict[str, Any] = {"alpha": band.alpha if own else band.resolved_alpha}
         if band.kind == "adalora":
-            filled["adalora"] = band.schedule.model_copy(update={"init_rank": band.init_rank})
+            filled["adalora"] = band.adalora_settings.model_copy(update={"init_rank": band.init_rank})
         else:
-            filled["init"] = band.init or "kaiming"
+            filled["init"] = band.init or (None if recipe.ranks and recipe.ranks.initialise else "kaiming")
         bands.append(band.model_copy(update=filled))
     model = recipe.model.model_copy(update={"adapter_dtype": recipe.adapter_dtype})
     return recipe.model_copy(update={"model": model, "adapters": tuple(bands)})
@@ -118,6 +121,9 @@ def dump_recipe(recipe: Recipe) -> str:
     But for what is redacted: secrets are gone, and paths below the home directory begin with "~".
     """
     values = recipe.model_dump(mode="json")
+    if recipe.rank_budget is not None:  # which a band's rank would contradict
+        for band in values["adapters"]:
+            del band["rank"]
     training = type(recipe.training)
     # What another section owns is always at its default here, and refused when given.
     values["training"] = {
@@ -166,6 +172,8 @@ def _apply_override(values: dict[str, Any], override: str, notices: list[str]) -
         foreign = None if parts[0] in SECTIONS else settings_of(key, value)
     except RecipeError as error:
         raise RecipeError(error.message, hint=error.hint, where=OVERRIDE) from None
+    if parts[0] == "adapters":
+        parts = _in_adapters(values, parts)
     model = values.get("model")
     if key == "bf16" and value is False and isinstance(model, dict) and model.get("dtype") == "float16":
         foreign = []  # no contradiction
@@ -184,6 +192,21 @@ def _apply_override(values: dict[str, Any], override: str, notices: list[str]) -
         else:
             paths.append(_set(values, list(target), converted, override))
     return paths
+
+
+def _in_adapters(values: dict[str, Any], parts: list[str]) -> list[str]:
+    """Where `adapters.schedule.budget` or `adapters.bands.top.rank` stand in translated values."""
+    if len(parts) == 1:  # all that may be written inside adapters is replaced
+        for name in OVER_ALL_BANDS:
+            values.pop(name, None)
+        return parts
+    bands = values.get("adapters")
+    names = [band.get("band") for band in bands if isinstance(band, dict)] if isinstance(bands, list) else []
+    if parts[1] in names:
+        return parts
+    if parts[1] in OVER_ALL_BANDS:
+        return parts[1:]
+    return [parts[0], *parts[2:]] if parts[1] == "bands" and len(parts) > 2 else parts
 
 
 def _sources(values: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from qhybrid.recipe.band import LONGEST_LAYERS, BandSection
 from qhybrid.recipe.distributed import DistributedSection
 from qhybrid.recipe.excerpt import excerpt
+from qhybrid.recipe.ranks import DataRanks, Schedule
 from qhybrid.recipe.section import Section, or_also
 from qhybrid.recipe.training_fields import TrainingSection
 from qhybrid.units import parse_bytes
@@ -152,7 +153,10 @@ class Recipe(Section):
 
     model: ModelSection
     quantization: QuantizationSection = QuantizationSection()
-    adapters: Annotated[tuple[BandSection, ...], Field(min_length=1, strict=False)]
+    adapters: Annotated[tuple[BandSection, ...], Field(min_length=1, strict=False), or_also({"type": "object"})]
+    # One budget spread over all bands. Also to be written as adapters: {schedule: …, bands: […]}.
+    schedule: Schedule | None = None
+    ranks: DataRanks | None = None
     data: DataSection
     training: TrainingSection = TrainingSection()
     memory: MemorySection = MemorySection()
@@ -164,6 +168,12 @@ class Recipe(Section):
     def _home_is_spelt_out(cls, value: str) -> str:
         _possible(value)
         return os.path.expanduser(value)
+
+    @property
+    def rank_budget(self) -> int | None:
+        """Σ r·(in + out) of all bands, where the recipe gives it as one number."""
+        spread = self.schedule or self.ranks
+        return spread.budget if spread else None
 
     @property
     def adapter_dtype(self) -> Dtype:
@@ -216,6 +226,42 @@ class Recipe(Section):
                 band = {"band": name, **band}
             bands.append(band)
         return {**values, "adapters": bands}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_rank_names(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            values = dict(values)
+            for section, key in (("schedule", "name"), ("ranks", "method")):
+                if isinstance(values.get(section), str):
+                    values[section] = {key: values[section]}
+        return values
+
+    @model_validator(mode="after")
+    def _one_way_to_ranks(self) -> Self:
+        if self.schedule and self.ranks:
+            raise ValueError("schedule and ranks both decide the ranks; give one of them")
+        if self.schedule or self.ranks:
+            name = "schedule" if self.schedule else "ranks"
+            for band in self.adapters:
+                if band.schedule is not None:
+                    raise ValueError(f"band {band.band!r} has a schedule of its own beside {name} over all bands")
+                if self.rank_budget is not None and "rank" in band.model_fields_set:
+                    raise ValueError(
+                        f"the rank of band {band.band!r} has no effect beside {name}.budget; remove one of them"
+                    )
+        if self.ranks:
+            for band in self.adapters:
+                if band.kind == "adalora":
+                    raise ValueError(
+                        f"ranks {self.ranks.method}: band {band.band!r} of kind adalora finds its own"
+                    )
+                if self.ranks.initialise and band.init is not None:
+                    raise ValueError(
+                        f"init of band {band.band!r} has no effect beside ranks {self.ranks.method}, which "
+                        "initialises too; remove it, or set ranks.initialise: false"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -61,7 +61,7 @@ def simulate(
     """
     recipe = resolve(recipe)
     asked, recipe = recipe.training, _on_meta(shortened(recipe))
-    layout = build_layout(recipe.adapters, spec_from_config(config))
+    layout = build_layout(recipe, spec_from_config(config))
     tracker = StorageTracker(
         rounding=CUDA_ROUNDING if device == "cuda" else 1,
         scratch=scratch_of(device),

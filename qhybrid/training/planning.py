@@ -15,7 +15,7 @@ from qhybrid.planner.advise import ways_to_fit
 from qhybrid.planner.holdings import adalora_scores, adapter_bytes, optimizer_states
 from qhybrid.planner.optimizers import rule_of
 from qhybrid.planner.plan import Budget, Plan, RankCap, make_plan
-from qhybrid.planner.solve import rank_caps, solve_rank, with_ranks
+from qhybrid.planner.solve import asked_ranks, rank_caps, solve_rank, with_ranks
 from qhybrid.planner.workload import WIDTHS, Device
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.run import Run
@@ -141,7 +141,7 @@ def with_earlier_caps(recipe: Recipe) -> Recipe:
     The memory that other processes take may have changed since; the adapters must not.
     """
     caps = earlier_caps(recipe) or ()
-    if {cap.band: cap.asked for cap in caps} != {band.band: band.rank for band in recipe.adapters}:
+    if {cap.band: cap.asked for cap in caps} != asked_ranks(recipe):
         return recipe  # nothing was capped, or another recipe: the claim on the folder will say so
     return with_ranks(recipe, {cap.band: cap.got for cap in caps})
 
@@ -151,7 +151,7 @@ def plan_lines(plan: Plan) -> list[str]:
     lines = []
     for cap in plan.caps:
         if cap.got < cap.asked:
-            lines.append(f"note: band {cap.band} gets rank {cap.got} instead of {cap.asked}: more does not fit")
+            lines.append(f"note: {cap.told}: more does not fit")
     limit = f" of {format_bytes(plan.budget.vram)}" if plan.budget.vram is not None else ""
     what = "" if plan.device == "cpu" else f", {format_bytes(plan.allocated)} of them in tensors"
     lines.append(f"memory   {format_bytes(plan.needed)}{limit} needed{what}; most in: {plan.moment}")

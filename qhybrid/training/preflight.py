@@ -64,6 +64,6 @@ def check_inputs(recipe: Recipe, base_folder: Path) -> None:
         check_local_source(source, base_folder)
     files = find_local(recipe.model)
     if files is not None and files.kind == "folder":
-        layout = build_layout(recipe.adapters, read_spec(files.path))
+        layout = build_layout(recipe, read_spec(files.path))
         if recipe.training.max_steps > 0:
             plan_schedules(recipe.adapters, layout, recipe.training.max_steps)

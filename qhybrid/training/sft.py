@@ -219,7 +219,7 @@ def _prepare(
     date: str,
 ) -> _Prepared:
     spec = read_spec(base)
-    layout = build_layout(recipe.adapters, spec)
+    layout = build_layout(recipe, spec)
     # What needs no model is looked at before the folder is claimed.
     training_arguments(recipe, Path(recipe.output_dir))
     tokenizer = load_tokenizer(recipe.model)
@@ -227,7 +227,7 @@ def _prepare(
     if plan is None:  # the config has come with the model, or the longest row with the data
         longest = data.longest if recipe.training.max_length is None else None
         recipe, plan = plan_run(recipe, spec, hardware, longest=longest, earlier=earlier)
-    layout = build_layout(recipe.adapters, spec)
+    layout = build_layout(recipe, spec)
     expected = expect(recipe, spec, hardware, data.longest, plan.caps)
     deepspeed = None
     if recipe.distributed.zero_stage:

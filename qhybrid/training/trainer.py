@@ -176,8 +176,8 @@ class BandedTrainer(CheckpointingTrainer):
                 band.band,
                 {row.module: self._triplets[row.module] for row in self.layout.of_band(band.band)},
                 schedules[band.band],
-                band.schedule.beta1,
-                band.schedule.beta2,
+                band.adalora_settings.beta1,
+                band.adalora_settings.beta2,
             )
             for band in self._adalora_bands()
         ]
@@ -319,7 +319,7 @@ class BandedTrainer(CheckpointingTrainer):
         scaler = getattr(self.accelerator, "scaler", None)
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
         for band, allocator in zip(self._adalora_bands(), self.allocators, strict=True):
-            settings = band.schedule
+            settings = band.adalora_settings
             still_choosing = self.state.global_step < allocator.schedule.last_allocation
             if still_choosing and not settings.regularizer_in_scores:
                 allocator.observe(scale)

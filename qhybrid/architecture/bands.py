@@ -71,11 +71,10 @@ class _Member:
         highest = largest_rank(self.band, self.linear)
         if limits.max_rank is not None:
             highest = min(highest, limits.max_rank)
-        if limits.min_rank > highest:
-            raise LayoutError(
-                f"min_rank {limits.min_rank} is above {highest}, the largest rank of {self.linear.target}"
-            )
-        return Place(self.layer, self.linear.target, self.cost, limits.min_rank, highest)
+        lowest = limits.min_rank or 1
+        if lowest > highest:
+            raise LayoutError(f"min_rank {lowest} is above {highest}, the largest rank of {self.linear.target}")
+        return Place(self.layer, self.linear.target, self.cost, lowest, highest)
 
 
 def _ranks(recipe: Recipe, members: list[_Member]) -> list[int]:

@@ -33,6 +33,11 @@ def rank_cost(row: LayoutRow) -> int:
     return row.in_features + row.out_features
 
 
+def smaller_side(row: LayoutRow) -> int:
+    """The highest rank that a change of the module's weight can have."""
+    return min(row.in_features, row.out_features)
+
+
 def candidates(expand: ExpandSection, layout: Layout) -> tuple[LayoutRow, ...]:
     """The modules that `expand` is about, whatever their rank."""
     bands = expandable(expand, {row.band: row.kind for row in layout})
@@ -47,7 +52,7 @@ def largest_ranks(stages: tuple[StageSection, ...], layout: Layout) -> dict[str,
             continue
         for row in candidates(stage.expand, layout):
             highest = _highest(stage, ranks[row.module])
-            ranks[row.module] = max(row.rank, min(highest, row.in_features, row.out_features))
+            ranks[row.module] = max(row.rank, min(highest, smaller_side(row)))
     return ranks
 
 
@@ -99,15 +104,16 @@ def check_growth(recipe: Recipe, layout: Layout) -> None:
                 f"{format_count(least)} parameters, the least that expanding one module takes",
                 hint="raise expand.budget, or expand by fewer ranks",
             )
-        for row in rows:
-            ranks[row.module] = _highest(stage, ranks[row.module])
-            side = min(row.in_features, row.out_features)
-            if ranks[row.module] > side:
-                raise LayoutError(
-                    f"stage {stage.name!r} may expand {row.target} of band {row.band!r} to rank "
-                    f"{ranks[row.module]}; its smaller side is {side} ({row.out_features} x {row.in_features})",
-                    hint=f"set expand.to to at most {side}",
-                )
+        ranks |= {row.module: _highest(stage, ranks[row.module]) for row in rows}
+        too_narrow = [row for row in rows if ranks[row.module] > smaller_side(row)]
+        if too_narrow:
+            row = min(too_narrow, key=smaller_side)
+            side = smaller_side(row)
+            raise LayoutError(
+                f"stage {stage.name!r} may expand {row.target} of band {row.band!r} to rank "
+                f"{ranks[row.module]}; its smaller side is {side} ({row.out_features} x {row.in_features})",
+                hint=f"set expand.to to at most {side}",
+            )
 
 
 def least_cost(expand: ExpandSection, layout: Layout) -> int | None:

@@ -83,18 +83,19 @@ def check_stages(recipe: Recipe) -> None:
 
 def _check_bands(number: int, stage: StageSection, kinds: dict[str, str]) -> None:
     expand = stage.expand
-    named = {"freeze": stage.freeze, "unfreeze": stage.unfreeze}
-    for key, bands in {**named, "expand": expand.bands if expand else ()}.items():
+    named: dict[tuple[str, ...], tuple[str, ...]] = {("freeze",): stage.freeze, ("unfreeze",): stage.unfreeze}
+    named["expand", "bands"] = expand.bands if expand else ()
+    for path, bands in named.items():
         for band in bands:
             if band not in kinds:
                 raise StageError(
                     f"stage {stage.name!r}: there is no band {band!r}",
-                    number, key, hint=f"the bands are: {', '.join(itertools.islice(kinds, 20))}",
+                    number, *path, hint=f"the bands are: {', '.join(itertools.islice(kinds, 20))}",
                 )  # fmt: skip
-            if key == "expand" and kinds[band] == "adalora":
+            if path[0] == "expand" and kinds[band] == "adalora":
                 raise StageError(
                     f"stage {stage.name!r}: band {band!r} is adalora, whose allocator decides its ranks",
-                    number, key, hint="raise its adalora.init_rank, or make it lora, rslora or dora",
+                    number, *path, hint="raise its adalora.init_rank, or make it lora, rslora or dora",
                 )  # fmt: skip
     if expand and not expand.bands and set(kinds.values()) == {"adalora"}:
         raise StageError(

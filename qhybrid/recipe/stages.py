@@ -117,8 +117,8 @@ class StageSection(Section):
     def _settings_agree(self) -> Self:
         if (self.at is None) == (self.when is None) and self.when != "spectrum":
             raise ValueError(
-                "a stage begins at a step (at: 100, at: 0.5) or when a loss has stopped falling (when: plateau), or is "
-                "a rule (when: spectrum); give at or when"
+                "a stage begins at a step (at: 100, at: 0.5), or when a loss no longer falls (when: plateau), or "
+                "is a rule (when: spectrum); give at or when"
             )
         if isinstance(self.at, float) and self.at >= 1:
             raise ValueError(f"at is a fraction below 1 or a whole number of steps, not {self.at}")

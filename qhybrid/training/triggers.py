@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,8 +37,9 @@ class Plateau:
                 self._window = []
 
     def _take(self, value: float) -> None:
-        # So that it holds for a loss of any sign; what is not a number is no improvement.
-        if self._best is None or value < self._best - self._settings.threshold * abs(self._best):
+        best = math.inf if self._best is None else self._best
+        margin = self._settings.threshold * abs(best) if math.isfinite(best) else 0.0  # for a loss of any sign
+        if value < best - margin:
             self._best, self._waited = value, 0
         else:
             self._waited += 1

@@ -11,8 +11,8 @@ from qhybrid.recipe.training_fields import TrainingSection
 from qhybrid.recipe.yaml_source import Path, Source
 
 SECTIONS = (
-    "model", "quantization", "adapters", "schedule", "ranks", "data", "training", "memory", "distributed",
-    "output_dir",
+    "model", "quantization", "adapters", "schedule", "ranks", "stages", "data", "training", "memory",
+    "distributed", "output_dir",
 )  # fmt: skip
 OVER_ALL_BANDS = ("schedule", "ranks")  # top-level sections that may be written inside adapters
 

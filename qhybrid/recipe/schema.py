@@ -13,6 +13,8 @@ from qhybrid.recipe.distributed import DistributedSection
 from qhybrid.recipe.excerpt import excerpt
 from qhybrid.recipe.ranks import DataRanks, Schedule
 from qhybrid.recipe.section import Section, or_also
+from qhybrid.recipe.stage_checks import check_stages
+from qhybrid.recipe.stages import MOST_STAGES, StageSection
 from qhybrid.recipe.training_fields import TrainingSection
 from qhybrid.units import parse_bytes
 
@@ -161,6 +163,7 @@ class Recipe(Section):
     training: TrainingSection = TrainingSection()
     memory: MemorySection = MemorySection()
     distributed: DistributedSection = DistributedSection()
+    stages: Annotated[tuple[StageSection, ...], Field(max_length=MOST_STAGES, strict=False)] = ()
     output_dir: Annotated[str, Field(min_length=1)]
 
     @field_validator("output_dir")
@@ -261,6 +264,21 @@ class Recipe(Section):
                         f"init of band {band.band!r} has no effect beside ranks {self.ranks.method}, which "
                         "initialises too; remove it, or set ranks.initialise: false"
                     )
+        return self
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _name_the_stages(cls, values: Any) -> Any:
+        if not isinstance(values, (list, tuple)):
+            return values
+        return [
+            {"name": f"stage{number}", **stage} if isinstance(stage, dict) else stage
+            for number, stage in enumerate(values)
+        ]
+
+    @model_validator(mode="after")
+    def _stages_can_happen(self) -> Self:
+        check_stages(self)
         return self
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from qhybrid.planner.solve import asked_ranks, rank_caps, solve_rank, with_ranks
 from qhybrid.planner.workload import WIDTHS, Device
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.run import Run
-from qhybrid.units import format_bytes
+from qhybrid.units import format_bytes, format_count
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,11 @@ def plan_lines(plan: Plan) -> list[str]:
             lines.append(f"note: {cap.told}: more does not fit")
     limit = f" of {format_bytes(plan.budget.vram)}" if plan.budget.vram is not None else ""
     what = "" if plan.device == "cpu" else f", {format_bytes(plan.allocated)} of them in tensors"
+    at_most = plan.largest.num_parameters
+    if at_most > plan.layout.num_parameters:
+        lines.append(
+            f"stages   may make the trained parameters {format_count(at_most)}; the memory is planned for it"
+        )
     lines.append(f"memory   {format_bytes(plan.needed)}{limit} needed{what}; most in: {plan.moment}")
     if plan.fits is False:
         lines.append("note: the plan does not fit; memory.on_exceed: ignore lets it run")

@@ -49,6 +49,7 @@ from qhybrid.training.arguments import training_arguments
 from qhybrid.training.callbacks.allocate import AllocateRanks
 from qhybrid.training.callbacks.record import RecordSteps
 from qhybrid.training.callbacks.replace import DiscardReplaced
+from qhybrid.training.callbacks.stages import BeginStages
 from qhybrid.training.callbacks.stop import StopWhenAsked
 from qhybrid.training.callbacks.watch import WatchLoss
 from qhybrid.training.checkpoint import require_space
@@ -83,8 +84,10 @@ from qhybrid.training.processes import (
 )
 from qhybrid.training.run import Run, begin, check_base, versions
 from qhybrid.training.signals import Interrupted, StopSignals, stop_signals
+from qhybrid.training.stage_plan import check_stage_plan
 from qhybrid.training.summary import announce, figures_of, predicted_memory
 from qhybrid.training.trainer import BandedTrainer
+from qhybrid.training.trainer_stages import read_layout
 from qhybrid.training.zero import deepspeed_config
 
 
@@ -152,11 +155,14 @@ def _run(
         base = model_folder(recipe.model)
     date = (before or {}).get("date") or agree(lambda: datetime.date.today().isoformat())
     prepared = together(lambda: _prepare(loaded, recipe, plan, base, hardware, earlier, date))
-    recipe, layout, data = prepared.recipe, prepared.layout, prepared.data
+    recipe, data = prepared.recipe, prepared.data
     if len(set(gather(data.fingerprint))) > 1:
         raise DataError("the processes read different data", hint="give every machine the same files")
     with contextlib.ExitStack() as stack:
         run = agree(lambda: stack.enter_context(claim(recipe, resume=resume, overwrite=overwrite)))
+        if run.resume_from is not None:  # stages may have changed it
+            prepared = replace(prepared, layout=agree(lambda: read_layout(run.resume_from)))
+        layout = prepared.layout
         agree(lambda: _begin(run, prepared, base, date))
         announce(console, recipe, layout, data, run, limit_vram(recipe.memory.vram))
         for line in (*plan_lines(prepared.plan), *(f"note: {note}" for note in run.notes)):
@@ -222,6 +228,7 @@ def _prepare(
 ) -> _Prepared:
     spec = read_spec(base)
     layout = build_layout(recipe, spec)
+    check_stage_plan(recipe, layout)
     # What needs no model is looked at before the folder is claimed.
     training_arguments(recipe, Path(recipe.output_dir))
     tokenizer = load_tokenizer(recipe.model)
@@ -239,10 +246,9 @@ def _prepare(
 
 def _begin(run: Run, prepared: _Prepared, base: Path, date: str) -> None:
     """Write what is known before training."""
-    require_space(run.folder, checkpoint_bytes(prepared.recipe, prepared.layout))
+    require_space(run.folder, checkpoint_bytes(prepared.recipe, prepared.plan.largest))
     begin(run, prepared.recipe, prepared.data.fingerprint, check_base(run, base), date)
-    if prepared.recipe.ranks is None or run.resume_from is None:
-        write_atomically(run.layout_file, prepared.layout.to_json())
+    write_atomically(run.layout_file, prepared.layout.to_json())
     write_plan(run, prepared.plan, prepared.expected)
     if prepared.deepspeed is not None:
         write_atomically(run.deepspeed_file, json.dumps(prepared.deepspeed, indent=2) + "\n")
@@ -276,7 +282,7 @@ def _train(
         lambda: load_base(recipe.model, recipe.quantization, device="cpu" if recipe.training.use_cpu else None)
     )
     initial: InitialValues = {}
-    if recipe.ranks is not None:
+    if recipe.ranks is not None and run.resume_from is None:
         layout, initial = rank_by_data(recipe, layout, base, prepared.data.train, run, report)
         prepared = replace(prepared, layout=layout)
 
@@ -295,6 +301,7 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(AllocateRanks(trainer, events))
+    trainer.add_callback(BeginStages(trainer, run, report))
     trainer.add_callback(RecordSteps(trainer, events, display))
     if place().is_main:
         trainer.add_callback(DiscardReplaced(run))
@@ -310,8 +317,9 @@ def _train(
 
     def finish() -> dict[str, Any]:
         with whole_folder(run.adapter) as folder:
-            save_adapter(trainer.model, layout, info, folder)
+            save_adapter(trainer.model, trainer.layout, info, folder)
             save_tokenizer(tokenizer, folder)
+        write_atomically(run.layout_file, trainer.layout.to_json())  # the best checkpoint may be an earlier one's
         _require_allocations(trainer, run)
         return figures_of(trainer, events, run, seconds=time.perf_counter() - began)
 
@@ -357,8 +365,9 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
 
 
 def _require_allocations(trainer: BandedTrainer, run: Run) -> None:
+    frozen = trainer.stages.frozen if trainer.stages else ()
     for allocator in trainer.allocators:
-        if allocator.num_allocations == 0:
+        if allocator.num_allocations == 0 and allocator.band not in frozen:
             schedule = allocator.schedule
             first = min(schedule.warmup_steps + schedule.interval, schedule.last_allocation)
             raise AllocationError(

@@ -33,13 +33,14 @@ from qhybrid.recipe.schema import Recipe
 from qhybrid.training.batches import num_rows, split_batch
 from qhybrid.training.memory import is_out_of_memory
 from qhybrid.training.processes import StoppedElsewhere, gather, is_several, place
-from qhybrid.training.trainer_checkpoints import ALLOCATORS, CheckpointingTrainer
+from qhybrid.training.trainer_checkpoints import ALLOCATORS
+from qhybrid.training.trainer_stages import StagedTrainer
 from qhybrid.training.zero import ZeroAccess, watch_step
 
 _MOST_SKIPPED_STEPS = 30  # fp16: the loss scale starts at 2^16 and is halved each time
 
 
-class BandedTrainer(CheckpointingTrainer):
+class BandedTrainer(StagedTrainer):
     """Trains a model that `adapters.attach` prepared, as its recipe and layout say."""
 
     def __init__(
@@ -187,6 +188,7 @@ class BandedTrainer(CheckpointingTrainer):
                 prefix = f"{allocator.band}:"
                 own = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
                 allocator.load_state_dict(own)
+        self._start_stages(max_steps, resume_from_checkpoint)
 
     def _adalora_bands(self):
         return [band for band in self.recipe.adapters if band.kind == "adalora"]
@@ -319,6 +321,8 @@ class BandedTrainer(CheckpointingTrainer):
         scaler = getattr(self.accelerator, "scaler", None)
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
         for band, allocator in zip(self._adalora_bands(), self.allocators, strict=True):
+            if allocator.paused:
+                continue
             settings = band.adalora_settings
             still_choosing = self.state.global_step < allocator.schedule.last_allocation
             if still_choosing and not settings.regularizer_in_scores:
@@ -330,6 +334,8 @@ class BandedTrainer(CheckpointingTrainer):
                 self.step_regularizer += add_regularizer(pairs, settings.regularizer_weight, scale, access).item()
             if still_choosing and settings.regularizer_in_scores:
                 allocator.observe(scale)
+        if self.stages is not None:
+            self.stages.observe(scale)
         if self._zero is not None:
             self._zero.forget_gradients()
 

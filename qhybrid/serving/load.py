@@ -131,14 +131,14 @@ def load_engine(adapters: Sequence[tuple[str, Path]], choice: BaseChoice) -> Eng
                 f"{moved:.2%} of their norm, beside {own:.2%} that the base is rounded by in "
                 f"{_words(quantization.method, section.dtype)}; alone it would run as trained"
             )
-    base_adapter = BASE
+    base_adapter, words = BASE, _words(quantization.method, section.dtype)
     if without:
         base_adapter = "base"
         dtype = getattr(torch, read[0][1].info.adapter_dtype if section.dtype == "bfloat16" else "float32")
         model = attach_plain(model, _whole_again(read[0][1].modules), dtype=dtype, name=base_adapter)
         notes.append(
-            f"{name_of_base} is what PiSSA left of the base, in {_words(quantization.method, section.dtype)}, and the "
-            "principal part beside it: near the base model, not equal to it"
+            f"{name_of_base} is what PiSSA left of the base, in {words}, and the principal part beside it: near "
+            "the base model, not equal to it"
         )
     models.append(served(name_of_base, base_adapter, Prompter(load_tokenizer(section))))
     return Engine(model, models, notes)

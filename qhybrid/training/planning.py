@@ -111,7 +111,7 @@ def smaller_plan(recipe: Recipe, spec: ModelSpec, expected: Plan, longest: int) 
 
 
 def checkpoint_bytes(recipe: Recipe, layout: Layout) -> int:
-    """What a checkpoint takes on the disk, about: adapters, PiSSA's first ones, optimizer states, AdaLoRA's scores.
+    """What a checkpoint takes on the disk, about: adapters, PiSSA's first ones, optimizer states and scores.
 
     Beside them are the layout and the names of all tensors, about 1 KiB for each module, and random states.
     """

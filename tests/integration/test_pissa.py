@@ -204,17 +204,14 @@ def test_vllm_and_gguf_adapters_are_checked_the_same_way(lora_run, tmp_path, mod
 def test_llama_cpp_computes_what_was_trained(lora_run, tmp_path, model_folder):
     from llama_cpp import LlamaCpp
 
-    from qhybrid.base.tokenizer import load_tokenizer
     from qhybrid.export.gguf.model import write_gguf_model
 
-    run, logits, method = lora_run
+    run, _, method = lora_run
     if method != "none":
         pytest.skip("llama.cpp has no NF4")
     write_gguf_model(model_folder, tmp_path / "base.gguf", dtype="f32")
     done = run_cli("export", run.folder, tmp_path / "gguf", "--to", "gguf")
     assert done.returncode == 0, done.stderr
-    tokenizer = load_tokenizer(ModelSection(path=str(model_folder)))
-    assert tokenizer is not None and logits is not None
     server = LlamaCpp(tmp_path / "base.gguf", next((tmp_path / "gguf").glob("*.gguf")))
     model, _, _ = load_adapter_for_inference(run.adapter)
     prompt = TOKENS[0, :8].tolist()
@@ -323,7 +320,7 @@ def test_beside_another_adapter_it_runs_on_the_whole_base_and_says_so(trained, t
         assert 1e-3 < found < 1 and "NF4" in note
 
 
-def test_merge_takes_the_change_of_the_whole_base(lora_run, tmp_path, model_folder):
+def test_merge_takes_the_change_of_the_whole_base(lora_run, tmp_path):
     run, logits, method = lora_run
     done = run_cli("merge", tmp_path / "both", run.folder, f"{run.adapter}=0.5", "--method", "cat")
     assert done.returncode == 0, done.stderr
@@ -337,7 +334,6 @@ def test_merge_takes_the_change_of_the_whole_base(lora_run, tmp_path, model_fold
     model, _, _ = load_adapter_for_inference(tmp_path / "one")
     found = relative(logits_of(model), logits)
     assert found <= 1e-4 if method == "none" else found < 1
-    assert logits is not None and model_folder.is_dir()
 
 
 @pytest.mark.parametrize("how", [("--rank", 4), ("--prune-terms", 0.4), ("--energy", 0.99)])

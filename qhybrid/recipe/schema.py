@@ -259,6 +259,11 @@ class Recipe(Section):
                     raise ValueError(
                         f"ranks {self.ranks.method}: band {band.band!r} of kind adalora finds its own"
                     )
+                if band.init == "pissa":
+                    raise ValueError(
+                        f"ranks {self.ranks.method} decides after the base is loaded, and init: pissa of band "
+                        f"{band.band!r} must be known before"
+                    )
                 if self.ranks.initialise and band.init is not None:
                     raise ValueError(
                         f"init of band {band.band!r} has no effect beside ranks {self.ranks.method}, which "

@@ -9,6 +9,7 @@ from typing import Any
 
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
+from qhybrid.base.principal import PISSA
 from qhybrid.disk import write_atomically
 from qhybrid.errors import MemoryPlanError
 from qhybrid.planner.advise import ways_to_fit
@@ -110,13 +111,14 @@ def smaller_plan(recipe: Recipe, spec: ModelSpec, expected: Plan, longest: int) 
 
 
 def checkpoint_bytes(recipe: Recipe, layout: Layout) -> int:
-    """What a checkpoint takes on the disk, about: adapters, the optimizer's states and AdaLoRA's averages.
+    """What a checkpoint takes on the disk, about: adapters, PiSSA's first ones, optimizer states and scores.
 
     Beside them are the layout and the names of all tensors, about 1 KiB for each module, and random states.
     """
     width = WIDTHS[recipe.adapter_dtype]
     states = optimizer_states(layout, width, rule_of(recipe.training.optim), 1, "cpu")
     beside = 1024 * len(layout) + 32_768
+    beside += sum(width * row.rank * (row.in_features + row.out_features) for row in layout if row.init == PISSA)
     return sum(adapter_bytes(layout, width, 1).values()) + sum(states) + adalora_scores(layout, 1) + beside
 
 

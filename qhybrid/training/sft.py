@@ -26,7 +26,7 @@ from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec, read_spec
 from qhybrid.base.facts import model_facts
 from qhybrid.base.fingerprint import config_hash
-from qhybrid.base.load import load_base
+from qhybrid.base.load import load_base, resolve_device
 from qhybrid.base.locate import find_local, hub_commit, model_folder
 from qhybrid.base.tokenizer import load_tokenizer, save_tokenizer
 from qhybrid.data.prepare import PreparedData, prepare_data
@@ -60,6 +60,7 @@ from qhybrid.training.display import ProgressDisplay
 from qhybrid.training.events import EventLog
 from qhybrid.training.memory import hardware_of, is_out_of_memory, limit_vram
 from qhybrid.training.messages import out_of_memory, told, what_is_left
+from qhybrid.training.pissa import parts_of_run
 from qhybrid.training.planning import (
     Hardware,
     checkpoint_bytes,
@@ -273,14 +274,14 @@ def _train(
     prepared: _Prepared, info: AdapterInfo, run: Run, events: EventLog, console: Console, signals: StopSignals
 ) -> dict[str, Any]:
     recipe, layout, tokenizer = prepared.recipe, prepared.layout, prepared.tokenizer
+    device = resolve_device("cpu" if recipe.training.use_cpu else None)
+    without = agree(lambda: parts_of_run(recipe, layout, run, device, console))
 
     def report(event: str, **facts: Any) -> None:
         events.write(event, **facts)
         console.print(told(event, facts, prepared.expected), highlight=False, soft_wrap=True, markup=False)
 
-    base = together(
-        lambda: load_base(recipe.model, recipe.quantization, device="cpu" if recipe.training.use_cpu else None)
-    )
+    base = together(lambda: load_base(recipe.model, recipe.quantization, device=device, without=without))
     initial: InitialValues = {}
     if recipe.ranks is not None and run.resume_from is None:
         layout, initial = rank_by_data(recipe, layout, base, prepared.data.train, run, report)

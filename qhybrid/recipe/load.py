@@ -346,8 +346,9 @@ def _describe(problem: dict[str, Any], path: KeyPath) -> tuple[str, str | None]:
     if kind == "missing":
         return "is missing", f"add {path[-1]}"
     if kind == "literal_error":
-        model = _model_at(path[:-1])
-        field = model.model_fields.get(str(path[-1])) if model else None
+        named = path[:-1] if isinstance(path[-1], int) else path  # of a list's item the list is the field
+        model = _model_at(named[:-1])
+        field = model.model_fields.get(str(named[-1])) if model else None
         choices = list(dict.fromkeys(str(choice) for choice in _choices(field.annotation))) if field else []
         nearest = _nearest(given, choices, cutoff=0.6) if isinstance(given, str) else None
         shown = ", ".join(choices) if len(choices) <= 16 else ", ".join(choices[:16]) + ", …"

@@ -106,6 +106,16 @@ def share_of(budget: int, share: float) -> int:
     return max(1, math.floor(budget * share))
 
 
+def expand_rank_names(values: Any) -> Any:
+    """The values of a section with `schedule` and `ranks`, which may be names alone."""
+    if isinstance(values, dict):
+        values = dict(values)
+        for section, key in (("schedule", "name"), ("ranks", "method")):
+            if isinstance(values.get(section), str):
+                values[section] = {key: values[section]}
+    return values
+
+
 # A name alone needs no mapping.
 Schedule = Annotated[ScheduleSection, or_also({"type": "string"})]
 DataRanks = Annotated[DataRanksSection, or_also({"type": "string"})]

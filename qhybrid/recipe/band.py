@@ -22,7 +22,7 @@ LONGEST_LAYERS = 1000  # characters: every layer of a large model by its number
 
 
 def named_bands(values: Any) -> Any:
-    """The values of a section with `adapters`, in which every band has a name: its word for layers, or its place."""
+    """The values of a section with `adapters`, every band with a name: its word for layers, or its place."""
     if not isinstance(values, dict) or not isinstance(values.get("adapters"), (list, tuple)):
         return values
     bands = []

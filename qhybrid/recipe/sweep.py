@@ -1,6 +1,6 @@
 """The recipe's section of a sweep: arms at equal parameters, learning rates, seeds, and what is measured.
 
-`qhybrid sft` trains the recipe without it; `qhybrid ranks sweep` runs every arm in the place of the recipe's adapters.
+`qhybrid sft` trains the recipe without it; `qhybrid ranks sweep` puts every arm in the place of its adapters.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _rates_between(given: dict[str, Any]) -> list[float]:
 
 
 def arm_word(word: str) -> tuple[str, str]:
-    """Kind and map of a built-in arm: "dora-increasing" is ("dora", "increasing"), "article-low" ("article", "low")."""
+    """Kind and map of a built-in arm: ("dora", "increasing") of "dora-increasing", ("lora", "random") of "random"."""
     kind, separator, name = word.partition("-")
     return (kind, name) if separator else ("lora", word)
 

@@ -1,7 +1,8 @@
-"""The arms of a sweep as recipes: the built-in ones, and the user's own, all at one budget of parameters. No torch."""
+"""The arms of a sweep as recipes, the built-in ones and the user's own, all at one budget. No torch."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,9 +124,7 @@ def _composed(recipe: Recipe, **sections: Any) -> Recipe:
     return Recipe.model_validate(values | sections)
 
 
-def _sections(
-    arm: ArmSection, sweep: SweepSection, recipe: Recipe, spec: ModelSpec
-) -> tuple[dict[str, Any], str]:
+def _sections(arm: ArmSection, sweep: SweepSection, recipe: Recipe, spec: ModelSpec) -> tuple[dict[str, Any], str]:
     """What takes the place of the recipe's adapters, and the arm in a few words."""
     if arm.arm is None or arm.arm == RECIPE_ARM:
         owner = recipe if arm.arm else arm
@@ -148,7 +147,7 @@ def _article(name: str, sweep: SweepSection, spec: ModelSpec) -> tuple[dict[str,
     bottom, initial, top = _ARTICLE[name]
     cuts = [round(spec.num_layers * share) for share in _ARTICLE_DEPTH]
     ranks = (bottom, _ARTICLE_TARGET, top)
-    sizes = [end - start for start, end in zip(cuts, cuts[1:], strict=False)]
+    sizes = [end - start for start, end in itertools.pairwise(cuts)]
     if 0 in sizes:
         raise SweepError(
             f"the arm article-{name} needs a layer for each of three bands, and there are {spec.num_layers}"

@@ -132,4 +132,3 @@ def _revised(recipe: Recipe, bands: tuple[BandSection, ...], **sections: Any) ->
     values = recipe.model_dump(exclude_unset=True) | sections
     values["adapters"] = [band.model_dump(exclude_unset=True, exclude=without) for band in bands]
     return Recipe.model_validate(values)
-

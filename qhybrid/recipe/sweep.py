@@ -224,7 +224,7 @@ def _rates_between(given: dict[str, Any]) -> list[float]:
 
 
 def arm_word(word: str) -> tuple[str, str]:
-    """Kind and map of a built-in arm: ("dora", "increasing") of "dora-increasing", ("lora", "random") of "random"."""
+    """Kind and map of a built-in arm: "dora-increasing" is ("dora", "increasing"), "random" ("lora", "random")."""
     kind, separator, name = word.partition("-")
     return (kind, name) if separator else ("lora", word)
 

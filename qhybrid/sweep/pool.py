@@ -90,9 +90,11 @@ def num_at_once(needed: Sequence[int], free_bytes: int, cores: int, asked: int |
 
 
 def num_cores() -> int:
-    """The cores that this process may use; hyper-threads do not count."""
+    """The cores that this process may use: not hyper-threads, and no more than OMP_NUM_THREADS says."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    limits = [allowed, psutil.cpu_count(logical=False) or allowed, int(asked) if asked.isdecimal() else allowed]
+    return max(1, min(limits))
 
 
 class Pool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qhybrid.disk import write_atomically
 from qhybrid.errors import TrainingError
 from qhybrid.recipe.load import LoadedRecipe
 from qhybrid.sweep.folder import SweepFolder, claimed
@@ -80,10 +81,9 @@ def run_sweep(
             for seed in setup.sweep.seeds
         )
         runs.make(final, is_search=False)
-        results = summarise(
-            setup, best, {key: runs.outcomes[key] for key in dict.fromkeys((*setup.search, *final))}
-        )
-        folder.table_file.write_text(as_markdown(results), encoding="utf-8")
+        keys = dict.fromkeys((*setup.search, *final))  # a run of the search may be one of the final ones
+        results = summarise(setup, best, {key: runs.outcomes[key] for key in keys})
+        write_atomically(folder.table_file, as_markdown(results))
         write_results(results, folder.path)
         return results
 
@@ -172,7 +172,7 @@ class _Runs:
                 self._pool.stop(name)
 
     def _hopeless_at(self, name: str) -> int | None:
-        """The step at which the pruner gives the run up. The control never is, and its runs end before any other is.
+        """The step at which the pruner gives the run up. The control never is, and its runs end first.
 
         Every evaluation is asked for, in order, so that it does not matter when this process saw it.
         """

@@ -71,8 +71,8 @@ def compare(
 
     Every seed is measured on the same rows, so the two are crossed: seeds and rows are drawn with replacement,
     each apart from the other (Owen, The pigeonhole bootstrap, 2007, doi 10.1214/07-AOAS122). The same draws serve
-    all arms: a difference to the control is one of the same seeds on the same rows, and what the two have in common
-    falls out of it. A figure is the mean over seeds of the metric on the rows.
+    all arms: a difference to the control is one of the same seeds on the same rows, and what the two have in
+    common falls out of it. A figure is the mean over seeds of the metric on the rows.
 
     Args:
         arms: of each arm, by seed, the features of its rows (rows, features). Arms may lack seeds: their own

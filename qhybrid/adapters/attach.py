@@ -8,7 +8,7 @@ for adalora. LoraVariant is not public API; tests/integration/test_contracts.py 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,8 +26,18 @@ from qhybrid.errors import ModelError
 ADAPTER = "default"
 
 
-def attach(model: nn.Module, layout: Layout, *, dtype: torch.dtype) -> PeftModel:
+def attach(
+    model: nn.Module,
+    layout: Layout,
+    *,
+    dtype: torch.dtype,
+    initial: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> PeftModel:
     """Add the layout's adapters to `model`, in place; only they are trained.
+
+    Args:
+        dtype: of A, B, P and Q.
+        initial: by module, A (r, in) and B (out, r) to start with; what is left out starts as the layout says.
 
     A, B, P and Q get `dtype`; DoRA's magnitudes and AdaLoRA's Λ are fp32, because their updates are smaller
     than bf16 can hold. The initial values follow torch's global generator: seed it first.
@@ -40,6 +50,11 @@ def attach(model: nn.Module, layout: Layout, *, dtype: torch.dtype) -> PeftModel
     peft_model = get_peft_model(model, peft_config(layout), adapter_name=ADAPTER, autocast_adapter_dtype=False)
     for row, module in adapted_modules(peft_model, layout):
         _build(row, module, dtype)
+        if initial and row.module in initial:
+            a, b = initial[row.module]
+            with torch.no_grad():
+                module.lora_A[ADAPTER].weight.copy_(a)
+                module.lora_B[ADAPTER].weight.copy_(b)
     return peft_model
 
 

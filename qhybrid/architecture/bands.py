@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import math
 import re
@@ -71,11 +72,10 @@ class _Member:
         highest = largest_rank(self.band, self.linear)
         if limits.max_rank is not None:
             highest = min(highest, limits.max_rank)
-        if limits.min_rank > highest:
-            raise LayoutError(
-                f"min_rank {limits.min_rank} is above {highest}, the largest rank of {self.linear.target}"
-            )
-        return Place(self.layer, self.linear.target, self.cost, limits.min_rank, highest)
+        lowest = limits.min_rank or 1
+        if lowest > highest:
+            raise LayoutError(f"min_rank {lowest} is above {highest}, the largest rank of {self.linear.target}")
+        return Place(self.layer, self.linear.target, self.cost, lowest, highest)
 
 
 def _ranks(recipe: Recipe, members: list[_Member]) -> list[int]:
@@ -107,13 +107,9 @@ def _scheduled(
 def largest_rank(band: BandSection, linear: Linear) -> int:
     """The largest rank whose matrices are no larger than the weight; AdaLoRA's at the end."""
     side = min(linear.in_features, linear.out_features)
-    while (
-        band.kind == "adalora"
-        and side > 1
-        and band.init_rank_of(side) > min(linear.in_features, linear.out_features)
-    ):
-        side -= 1
-    return side
+    if band.kind != "adalora":
+        return side
+    return max(1, bisect.bisect_right(range(1, side + 1), side, key=band.init_rank_of))
 
 
 def parse_layers(text: str, num_layers: int, band: str) -> tuple[int, ...]:

@@ -152,7 +152,7 @@ def _budget_steps(recipe: Recipe, spec: ModelSpec, no_more_than_asked: bool) -> 
     asked, spread = recipe.rank_budget, recipe.schedule or recipe.ranks
     assert asked is not None and spread is not None
     rows = build_layout(recipe, spec).rows
-    least = spread.min_rank * sum(row.in_features + row.out_features for row in rows)
+    least = (spread.min_rank or 1) * sum(row.in_features + row.out_features for row in rows)
     most = sum(min(row.in_features, row.out_features) * (row.in_features + row.out_features) for row in rows)
     top = asked if no_more_than_asked else max(asked, most)
     shares = range(1, math.ceil(_BUDGET_SHARES * top / asked) + 1)

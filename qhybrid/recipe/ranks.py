@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from qhybrid.recipe.section import Section, or_also
-from qhybrid.units import parse_count
+from qhybrid.units import parse_bytes, parse_count
 
 ScheduleName = Literal["uniform", "increasing", "decreasing", "middle", "pyramid", "by_module", "random", "custom"]
 DataMethod = Literal["gora", "eva"]
@@ -22,9 +21,11 @@ Weight = Annotated[float, Field(gt=0, le=1e6)]
 class BudgetSection(Section):
     """What every way to spread ranks has: the budget Σ r·(in + out), and the limits of a module's rank."""
 
-    budget: Annotated[int, Field(ge=1)] | None = None  # "20M"; what the bands' own ranks cost when left out
-    min_rank: Annotated[int, Field(ge=1)] = 1
-    max_rank: Annotated[int, Field(ge=1)] | None = None  # the smaller side of the module when left out
+    # A number or "20M"; what the bands' own ranks cost when left out.
+    budget: Annotated[int, Field(ge=1)] | None = None
+    min_rank: Annotated[int, Field(ge=1)] | None = None  # 1; gora half the average rank
+    # The smaller side of the module; gora 4 and eva 2 times the average rank.
+    max_rank: Annotated[int, Field(ge=1)] | None = None
 
     @field_validator("budget", mode="before", json_schema_input_type=int | str)
     @classmethod
@@ -33,7 +34,7 @@ class BudgetSection(Section):
 
     @model_validator(mode="after")
     def _limits_agree(self) -> Self:
-        if self.max_rank is not None and self.max_rank < self.min_rank:
+        if self.max_rank is not None and self.max_rank < (self.min_rank or 1):
             raise ValueError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}")
         return self
 
@@ -84,26 +85,24 @@ class DataRanksSection(BudgetSection):
     """
 
     method: DataMethod
-    rows: Annotated[int, Field(ge=1)] = 64  # of the training data
+    rows: Annotated[int, Field(ge=2)] = 64  # of the training data
     initialise: bool = True  # false: the ranks only
     gamma: Annotated[float, Field(gt=0, le=10)] | None = None  # gora: ‖s·B0·A0‖ over ‖gradient‖, about; 0.05
-    max_ratio: Annotated[float, Field(ge=1)] | None = None  # max_rank over the band's rank; gora 4, eva 2
-    memory: str | None = None  # gora: what gradients may take of host memory; a quarter of what is free
+    memory: str = "4GiB"  # for the gradients or covariances of as many modules at once as fit
+
+    @field_validator("memory")
+    @classmethod
+    def _is_an_amount(cls, value: str) -> str:
+        parse_bytes(value)
+        return value
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:
-        if self.method != "gora":
-            for name in ("gamma", "memory"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} has no effect on method {self.method}")
+        if self.method != "gora" and self.gamma is not None:
+            raise ValueError(f"gamma has no effect on method {self.method}")
         if self.gamma is not None and not self.initialise:
             raise ValueError("gamma has no effect with initialise: false")
         return self
-
-
-def share_of(budget: int, share: float) -> int:
-    """A budget that is lowered with the ranks it stands for."""
-    return max(1, math.floor(budget * share))
 
 
 def expand_rank_names(values: Any) -> Any:

@@ -25,6 +25,7 @@ OF_LABELS = frozenset({"accuracy", "f1", "macro_f1"})
 # Built-in arms are called KIND-MAP, or MAP alone for LoRA: "uniform", "dora-increasing".
 ARM_KINDS = ("lora", "loraplus", "rslora", "dora", "adalora")
 ARM_MAPS = ("uniform", "increasing", "decreasing", "middle", "pyramid", "by_module", "random")
+DATA_MAPS = ("gora", "eva")  # of all kinds but adalora, which finds its own
 ARTICLE = ("low", "medium", "high", "increasing", "decreasing", "mixed")
 RECIPE_ARM = "recipe"  # the recipe's own adapters
 
@@ -32,9 +33,16 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "maps": ARM_MAPS,
     "kinds": ("uniform", *(f"{kind}-uniform" for kind in ARM_KINDS[1:])),
     "grid": (*ARM_MAPS, *(f"{kind}-{name}" for kind in ARM_KINDS[1:] for name in ARM_MAPS)),
+    "data": DATA_MAPS,
     "article": tuple(f"article-{name}" for name in ARTICLE),
 }
-BUILT_IN_ARMS = (*_GROUPS["grid"], *_GROUPS["article"], RECIPE_ARM)
+BUILT_IN_ARMS = (
+    *_GROUPS["grid"],
+    *DATA_MAPS,
+    *(f"{kind}-{name}" for kind in ARM_KINDS[1:-1] for name in DATA_MAPS),
+    *_GROUPS["article"],
+    RECIPE_ARM,
+)
 
 _ARM_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 _OWNED = {"learning_rate": "sweep.learning_rates", "seed": "sweep.seeds"}  # what an arm's training cannot set
@@ -76,7 +84,7 @@ class ArmSection(Section):
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"{excerpt(value)} is not a built-in arm{hint} (KIND-MAP of {', '.join(ARM_KINDS)} and "
-            f"{', '.join(ARM_MAPS)}; {RECIPE_ARM}; or the groups {', '.join(_GROUPS)})"
+            f"{', '.join((*ARM_MAPS, *DATA_MAPS))}; {RECIPE_ARM}; or the groups {', '.join(_GROUPS)})"
         )
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from qhybrid.architecture.spec import ModelSpec
 from qhybrid.errors import LayoutError, QhybridError, SweepError
 from qhybrid.recipe.band import BandSection
 from qhybrid.recipe.schema import Recipe
-from qhybrid.recipe.sweep import RECIPE_ARM, ArmSection, SweepSection, arm_word
+from qhybrid.recipe.sweep import DATA_MAPS, RECIPE_ARM, ArmSection, SweepSection, arm_word
 from qhybrid.sweep.budget import Equalled, at_budget, mean_rank, parameters_at_end
 
 # GoRA (arXiv 2502.12171, figure 3) finds most of the rank in W_v and least in W_q.
@@ -134,6 +134,8 @@ def _sections(arm: ArmSection, sweep: SweepSection, recipe: Recipe, spec: ModelS
     if kind == "article":
         return _article(name, sweep, spec)
     band = {"band": "all", "kind": kind, "target_modules": sweep.target_modules}
+    if name in DATA_MAPS:
+        return {"adapters": [band], "ranks": {"method": name}}, f"{kind}, ranks by {name}"
     schedule: dict[str, Any] = {"name": name}
     if name == "by_module":
         schedule["weights"] = _MODULE_WEIGHTS

@@ -27,8 +27,8 @@ class Equalled:
 def parameters_at_end(layout: Layout) -> int:
     """Parameters of the finished adapter: A, B and DoRA's magnitudes; of AdaLoRA P and Q at the target rank.
 
-    Λ is folded into P and Q there. AdaLoRA's allocator counts triplets, not parameters, so what it ends with
-    differs a little where a band has modules of several sizes.
+    Λ is folded into P and Q there. AdaLoRA's allocator counts triplets, not parameters, so a run may end with more
+    or fewer where a band has modules of several sizes.
     """
     return sum(row.target_rank * (row.in_features + row.out_features) for row in layout) + _fixed(layout)
 

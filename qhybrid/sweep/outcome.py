@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from qhybrid.architecture.layout import Layout
 from qhybrid.disk import write_atomically
 from qhybrid.errors import SweepError
 from qhybrid.sweep.budget import parameters_at_end
-from qhybrid.sweep.results import RunStatus
+from qhybrid.sweep.results import ModuleRank, RunStatus
 from qhybrid.training.events import read_events
 from qhybrid.training.run import Run, versions
 
@@ -45,11 +45,12 @@ class Outcome:
     status: RunStatus
     step: int
     total_steps: int
-    seconds: float  # of the optimizer steps
+    seconds: float  # of the optimizer steps, and of finding ranks from data before them
     other_seconds: float  # of the process beside them
     peak_bytes: int | None
     eval_losses: dict[int, float]  # by step, of the evaluations in training
-    parameters: int | None = None  # of the finished adapter's layout; None unless finished
+    ranks: tuple[ModuleRank, ...] = ()  # at the end; AdaLoRA's are those it has left. Empty unless finished
+    parameters: int = 0  # of the finished adapter: Σ rank·(in + out), and DoRA's magnitudes
     rows: RowFigures | None = None  # None unless finished
     note: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -78,10 +79,10 @@ def outcome_of(
     last = {record["step"]: record for record in _logged(events, "step", until)}  # resumed runs log some twice
     evaluations = _logged(events, "evaluation", until)
     begun = _logged(events, "begin", None)
-    seconds = sum(record["seconds"] for record in last.values())
+    seconds = sum(record["seconds"] for record in last.values()) + _seconds_of_ranking(events)
     layout = None
     if rows is not None:
-        layout = Layout.from_json(run.layout_file.read_text(encoding="utf-8"), str(run.layout_file))
+        layout = _at_the_end(run, last[max(last)].get("live_ranks", {}))
     return Outcome(
         status=status,
         step=max(last, default=0),
@@ -91,11 +92,23 @@ def outcome_of(
         peak_bytes=peak_bytes,
         # The log has NaN as text.
         eval_losses={one["step"]: one["eval_loss"] for one in evaluations if isinstance(one["eval_loss"], float)},
-        parameters=parameters_at_end(layout) if layout is not None else None,
+        ranks=tuple(ModuleRank(row.layer, row.target, row.kind, row.target_rank) for row in layout or ()),
+        parameters=parameters_at_end(layout) if layout is not None else 0,
         rows=rows,
         note=note,
         versions=versions(),
     )
+
+
+def _at_the_end(run: Run, live: dict[str, int]) -> Layout:
+    """The run's layout with the ranks that AdaLoRA left."""
+    layout = Layout.from_json(run.layout_file.read_text(encoding="utf-8"), str(run.layout_file))
+    return Layout(tuple(replace(row, target_rank=live.get(row.module, row.target_rank)) for row in layout))
+
+
+def _seconds_of_ranking(events: Path) -> float:
+    begun, ended = _logged(events, "ranks_pass", None), _logged(events, "ranks", None)
+    return ended[-1]["time"] - begun[0]["time"] if begun and ended else 0.0
 
 
 def _logged(events: Path, event: str, until: int | None) -> list[dict[str, Any]]:

@@ -113,7 +113,7 @@ def _arm_result(
     runs: tuple[RunResult, ...],
 ) -> ArmResult:
     rates = setup.sweep.learning_rates
-    measured = next((outcome.parameters for outcome in counted.values() if outcome.parameters), None)
+    planned = tuple(ModuleRank(row.layer, row.target, row.kind, row.target_rank) for row in arm.layout)
     peaks = [outcome.peak_bytes for outcome in counted.values() if outcome.peak_bytes is not None]
     gone = [run.status for run in runs if run.arm == arm.name and run.status != "finished"]
     ended = "finished" if counted else ("pruned" if "pruned" in gone else "diverged")
@@ -122,10 +122,10 @@ def _arm_result(
         description=f"{arm.description}; {arm.note}" if arm.note else arm.description,
         is_control=arm.is_control,
         status=ended,
-        parameters=measured or arm.parameters,
+        parameters=round(fmean(outcome.parameters for outcome in counted.values())) if counted else arm.parameters,
         trained_parameters=arm.layout.num_parameters,
         mean_rank=round(arm.mean_rank, 4),
-        ranks=tuple(ModuleRank(row.layer, row.target, row.kind, row.target_rank) for row in arm.layout),
+        ranks=counted[min(counted)].ranks if counted else planned,
         best_learning_rate=rate,
         is_best_at_edge=len(rates) > 1 and rate in (min(rates), max(rates)),
         seeds=tuple(sorted(counted)),

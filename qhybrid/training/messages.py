@@ -10,6 +10,7 @@ from qhybrid.planner.plan import Plan
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.checkpoint import newest_sealed
 from qhybrid.training.claim import has_replaced
+from qhybrid.training.data_ranks import told_ranks
 from qhybrid.training.planning import smaller_plan
 from qhybrid.training.run import Run
 from qhybrid.units import format_bytes
@@ -45,6 +46,11 @@ def told(event: str, facts: dict[str, Any], expected: Plan) -> str:
             f"out of memory at step {facts['step']} with micro-batches of {facts['rows']} rows (the plan expected "
             f"{format_bytes(expected.needed)}): taking the step again, {facts['rows_from_now_on']} at a time"
         )
+    if event == "ranks":
+        return told_ranks(facts)
+    if event == "ranks_pass":
+        what = "gradients" if facts["method"] == "gora" else "inputs"
+        return f"ranks    looking at {what}, pass {facts['number']} of {facts['total']}"
     rows = ", ".join(facts["rows"][:8]) + (" …" if len(facts["rows"]) > 8 else "")
     if event == "loss_spike":
         return f"note: the loss leapt to {facts['loss']:.4f} at step {facts['step']}; its rows: {rows}"

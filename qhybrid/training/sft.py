@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from qhybrid.errors import (
 )
 from qhybrid.planner.memory import zero_setup
 from qhybrid.planner.plan import Plan, RankCap
+from qhybrid.ranks.decide import InitialValues
 from qhybrid.recipe.load import LoadedRecipe
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.arguments import training_arguments
@@ -53,6 +54,7 @@ from qhybrid.training.callbacks.watch import WatchLoss
 from qhybrid.training.checkpoint import require_space
 from qhybrid.training.claim import claim
 from qhybrid.training.culprits import rows_of
+from qhybrid.training.data_ranks import rank_by_data
 from qhybrid.training.display import ProgressDisplay
 from qhybrid.training.events import EventLog
 from qhybrid.training.memory import hardware_of, is_out_of_memory, limit_vram
@@ -246,7 +248,8 @@ def _begin(run: Run, prepared: _Prepared, base: Path, date: str) -> None:
     """Write what is known before training."""
     require_space(run.folder, checkpoint_bytes(prepared.recipe, prepared.layout))
     begin(run, prepared.recipe, prepared.data.fingerprint, check_base(run, base), date)
-    write_atomically(run.layout_file, prepared.layout.to_json())
+    if prepared.recipe.ranks is None or run.resume_from is None:
+        write_atomically(run.layout_file, prepared.layout.to_json())
     write_plan(run, prepared.plan, prepared.expected)
     if prepared.deepspeed is not None:
         write_atomically(run.deepspeed_file, json.dumps(prepared.deepspeed, indent=2) + "\n")
@@ -272,17 +275,24 @@ def _train(
 ) -> dict[str, Any]:
     recipe, layout, tokenizer = prepared.recipe, prepared.layout, prepared.tokenizer
 
-    def build() -> BandedTrainer:
-        model = load_base(recipe.model, recipe.quantization, device="cpu" if recipe.training.use_cpu else None)
-        set_seed(recipe.training.seed)  # the adapters' initial values, as in trl
-        model = attach(model, layout, dtype=getattr(torch, recipe.adapter_dtype))
-        if prepared.data.chat_template:
-            tokenizer.chat_template = prepared.data.chat_template
-        return _trainer(prepared, model, run, report)
-
     def report(event: str, **facts: Any) -> None:
         events.write(event, **facts)
         console.print(told(event, facts, prepared.expected), highlight=False, soft_wrap=True, markup=False)
+
+    base = together(
+        lambda: load_base(recipe.model, recipe.quantization, device="cpu" if recipe.training.use_cpu else None)
+    )
+    initial: InitialValues = {}
+    if recipe.ranks is not None:
+        layout, initial = rank_by_data(recipe, layout, base, prepared.data.train, run, report)
+        prepared = replace(prepared, layout=layout)
+
+    def build() -> BandedTrainer:
+        set_seed(recipe.training.seed)  # the adapters' initial values, as in trl
+        model = attach(base, layout, dtype=getattr(torch, recipe.adapter_dtype), initial=initial)
+        if prepared.data.chat_template:
+            tokenizer.chat_template = prepared.data.chat_template
+        return _trainer(prepared, model, run, report)
 
     trainer = together(build)
     display = ProgressDisplay(

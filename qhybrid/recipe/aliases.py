@@ -8,13 +8,13 @@ from typing import Any
 from qhybrid.errors import RecipeError
 from qhybrid.recipe.excerpt import excerpt
 from qhybrid.recipe.training_fields import TrainingSection
+from qhybrid.recipe.unfold import unfold_adapters, unfold_arms
 from qhybrid.recipe.yaml_source import Path, Source
 
 SECTIONS = (
     "model", "quantization", "adapters", "schedule", "ranks", "data", "training", "memory", "distributed",
     "sweep", "output_dir",
 )  # fmt: skip
-OVER_ALL_BANDS = ("schedule", "ranks")  # top-level sections that may be written inside adapters
 
 # Their name at the top level: our path. "adapters" means every band of the recipe, "sources" every data source.
 TOP_LEVEL: dict[str, tuple[str, ...]] = {
@@ -320,8 +320,8 @@ def rename_inside(values: dict, origins: dict, notices: list, source: Source) ->
         if section in values:
             values[section] = _rename(values[section], names, (section,), origins, notices, source)
     if isinstance(values.get("adapters"), dict):
-        _unfold_adapters(values, (), origins, source)
-    _unfold_arms(values, origins, source)
+        unfold_adapters(values, (), origins, source)
+    unfold_arms(values, origins, source)
     if isinstance(values.get("adapters"), list):
         bands = []
         for index, band in enumerate(values["adapters"]):
@@ -342,58 +342,6 @@ def rename_inside(values: dict, origins: dict, notices: list, source: Source) ->
                     item["format"] = FORMATS[form]
                 renamed.append(item)
             data[key] = renamed
-
-
-def _unfold_arms(values: dict, origins: dict, source: Source) -> None:
-    """The adapters of a sweep's arms are written as the recipe's own."""
-    sweep = values.get("sweep")
-    if not isinstance(sweep, dict) or not isinstance(sweep.get("arms"), list):
-        return
-    arms = [dict(arm) if isinstance(arm, dict) else arm for arm in sweep["arms"]]
-    values["sweep"] = {**sweep, "arms": arms}
-    for index, arm in enumerate(arms):
-        if isinstance(arm, dict) and isinstance(arm.get("adapters"), dict):
-            _unfold_adapters(arm, ("sweep", "arms", index), origins, source)
-
-
-def _unfold_adapters(values: dict, at: Path, origins: dict, source: Source) -> None:
-    """adapters: {schedule: …, bands: […]}, or {schedule: …, kind: …} for one band, as separate sections.
-
-    `at` is where `values` stand in the recipe.
-    """
-    adapters, place = dict(values["adapters"]), (*at, "adapters")
-    for key in OVER_ALL_BANDS:
-        if key not in adapters:
-            continue
-        if values.get(key) is not None:
-            raise RecipeError(
-                f"{key} is given twice: inside adapters and beside it",
-                where=source.where((*place, key)),
-                hint="remove one of them",
-            )
-        values[key] = given = adapters.pop(key)
-        origins[(*at, key)] = (*place, key)
-        for inner in given if isinstance(given, dict) else ():
-            origins[(*at, key, inner)] = (*place, key, inner)
-    bands = adapters.pop("bands", None)
-    if bands is None:  # one band needs no list
-        values["adapters"] = [adapters]
-        origins[(*place, 0)] = place
-        for inner in adapters:
-            origins[(*place, 0, inner)] = (*place, inner)
-        return
-    if adapters:
-        key = next(iter(adapters))
-        raise RecipeError(
-            f"adapters has bands, and {key} beside them",
-            where=source.where((*place, key)),
-            hint=f"write {key} into each band, or leave bands out for a single band",
-        )
-    values["adapters"] = bands
-    for index, band in enumerate(bands if isinstance(bands, list) else ()):
-        origins[(*place, index)] = (*place, "bands", index)
-        for inner in band if isinstance(band, dict) else ():
-            origins[(*place, index, inner)] = (*place, "bands", index, inner)
 
 
 def _fill(items: Any, path: Path, settings: dict[str, tuple[str, Any]], origins: dict, source: Source) -> None:

@@ -84,4 +84,4 @@ def test_the_table_is_sorted_and_says_what_was_pruned():
     assert "control" in uniform and "0.001 !" in uniform
     assert "pruned" in hopeless and "–" in hopeless
     text = as_markdown(results())
-    assert text.count("|---") == 1 and "- one seed" in text and "| mine | 1,000 |" in text
+    assert "- one seed" in text and "| mine | 1,000 |" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import math
 import re
@@ -106,13 +107,9 @@ def _scheduled(
 def largest_rank(band: BandSection, linear: Linear) -> int:
     """The largest rank whose matrices are no larger than the weight; AdaLoRA's at the end."""
     side = min(linear.in_features, linear.out_features)
-    while (
-        band.kind == "adalora"
-        and side > 1
-        and band.init_rank_of(side) > min(linear.in_features, linear.out_features)
-    ):
-        side -= 1
-    return side
+    if band.kind != "adalora":
+        return side
+    return max(1, bisect.bisect_right(range(1, side + 1), side, key=band.init_rank_of))
 
 
 def parse_layers(text: str, num_layers: int, band: str) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from qhybrid.redaction import redacted_output, redacted_traceback
 _COMMANDS = {
     "sft": ("qhybrid.cli.sft", "Fine-tune a model as a recipe says."),
     "plan": ("qhybrid.cli.plan", "What a recipe needs, and whether it fits, before anything is downloaded."),
+    "ranks": ("qhybrid.cli.ranks", "Which ranks, where, of which kind: sweeps with controls."),
     "eval": ("qhybrid.cli.evaluate", "Loss, perplexity and exact match of a model or an adapter."),
     "generate": ("qhybrid.cli.generate", "Let a model or an adapter answer."),
     "serve": ("qhybrid.cli.serve", "Serve a model and many adapters by the OpenAI protocol."),
@@ -44,6 +45,7 @@ _MEANT = {
     "quantize": "export",
     "prune": "compress",
     "svd": "compress",
+    "sweep": "ranks sweep",
     "show": "inspect",
 }
 

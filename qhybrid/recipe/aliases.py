@@ -8,13 +8,13 @@ from typing import Any
 from qhybrid.errors import RecipeError
 from qhybrid.recipe.excerpt import excerpt
 from qhybrid.recipe.training_fields import TrainingSection
+from qhybrid.recipe.unfold import unfold_adapters, unfold_arms
 from qhybrid.recipe.yaml_source import Path, Source
 
 SECTIONS = (
     "model", "quantization", "adapters", "schedule", "ranks", "stages", "data", "training", "memory",
-    "distributed", "output_dir",
+    "distributed", "sweep", "output_dir",
 )  # fmt: skip
-OVER_ALL_BANDS = ("schedule", "ranks")  # top-level sections that may be written inside adapters
 
 # Their name at the top level: our path. "adapters" means every band of the recipe, "sources" every data source.
 TOP_LEVEL: dict[str, tuple[str, ...]] = {
@@ -320,7 +320,8 @@ def rename_inside(values: dict, origins: dict, notices: list, source: Source) ->
         if section in values:
             values[section] = _rename(values[section], names, (section,), origins, notices, source)
     if isinstance(values.get("adapters"), dict):
-        _unfold_adapters(values, origins, source)
+        unfold_adapters(values, (), origins, source)
+    unfold_arms(values, origins, source)
     if isinstance(values.get("adapters"), list):
         bands = []
         for index, band in enumerate(values["adapters"]):
@@ -341,43 +342,6 @@ def rename_inside(values: dict, origins: dict, notices: list, source: Source) ->
                     item["format"] = FORMATS[form]
                 renamed.append(item)
             data[key] = renamed
-
-
-def _unfold_adapters(values: dict, origins: dict, source: Source) -> None:
-    """adapters: {schedule: …, bands: […]}, or {schedule: …, kind: …} for one band, as separate sections."""
-    adapters = dict(values["adapters"])
-    for key in OVER_ALL_BANDS:
-        if key not in adapters:
-            continue
-        if values.get(key) is not None:
-            raise RecipeError(
-                f"{key} is given twice: inside adapters and beside it",
-                where=source.where(("adapters", key)),
-                hint="remove one of them",
-            )
-        values[key] = given = adapters.pop(key)
-        origins[(key,)] = ("adapters", key)
-        for inner in given if isinstance(given, dict) else ():
-            origins[(key, inner)] = ("adapters", key, inner)
-    bands = adapters.pop("bands", None)
-    if bands is None:  # one band needs no list
-        values["adapters"] = [adapters]
-        origins[("adapters", 0)] = ("adapters",)
-        for inner in adapters:
-            origins[("adapters", 0, inner)] = ("adapters", inner)
-        return
-    if adapters:
-        key = next(iter(adapters))
-        raise RecipeError(
-            f"adapters has bands, and {key} beside them",
-            where=source.where(("adapters", key)),
-            hint=f"write {key} into each band, or leave bands out for a single band",
-        )
-    values["adapters"] = bands
-    for index, band in enumerate(bands if isinstance(bands, list) else ()):
-        origins[("adapters", index)] = ("adapters", "bands", index)
-        for inner in band if isinstance(band, dict) else ():
-            origins[("adapters", index, inner)] = ("adapters", "bands", index, inner)
 
 
 def _fill(items: Any, path: Path, settings: dict[str, tuple[str, Any]], origins: dict, source: Source) -> None:

@@ -21,6 +21,20 @@ _LONGEST_PATTERN = 300
 LONGEST_LAYERS = 1000  # characters: every layer of a large model by its number
 
 
+def named_bands(values: Any) -> Any:
+    """The values of a section with `adapters`, every band with a name: its word for layers, or its place."""
+    if not isinstance(values, dict) or not isinstance(values.get("adapters"), (list, tuple)):
+        return values
+    bands = []
+    for index, band in enumerate(values["adapters"]):
+        if isinstance(band, dict) and "band" not in band:
+            layers = band.get("layers", "all")
+            name = layers if isinstance(layers, str) and layers.isalpha() else f"band{index}"
+            band = {"band": name, **band}
+        bands.append(band)
+    return {**values, "adapters": bands}
+
+
 class AdaLoraSection(Section):
     """AdaLoRA's schedule and constants (arXiv 2303.10512).
 

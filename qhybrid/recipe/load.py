@@ -15,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 from qhybrid.errors import RecipeError
 from qhybrid.recipe.aliases import (
     MEANT,
-    OVER_ALL_BANDS,
     SECTIONS,
     TOP_LEVEL,
     as_sources,
@@ -29,6 +28,7 @@ from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.shipped import find_shipped, shipped_names
 from qhybrid.recipe.stages import resolved_stages
 from qhybrid.recipe.training_fields import OWNED_ELSEWHERE, TrainingSection
+from qhybrid.recipe.unfold import OVER_ALL_BANDS
 from qhybrid.recipe.yaml_source import (
     MAX_BYTES,
     MAX_DEPTH,
@@ -292,7 +292,7 @@ def _as_recipe_error(
         ):
             continue  # a list looks empty when its items were refused
         message, hint = _describe(dict(problem), path)
-        origin = origins.get(path, path)
+        origin = _origin(path, origins)
         from_override = any(
             path[: len(start)] == start or (origin not in source.lines and start[: len(path)] == path)
             for start in overridden
@@ -303,6 +303,14 @@ def _as_recipe_error(
     if len(found) == 1:
         return RecipeError(found[0][0], hint=found[0][1])
     return RecipeError("\n".join(f"{line} ({hint})" if hint else line for line, hint in found))
+
+
+def _origin(path: KeyPath, origins: dict[KeyPath, KeyPath]) -> KeyPath:
+    """Where `path` was written, if it or what it is part of was moved."""
+    for length in range(len(path), 0, -1):
+        if path[:length] in origins:
+            return (*origins[path[:length]], *path[length:])
+    return path
 
 
 def _without_tags(location: tuple[int | str, ...]) -> KeyPath:
@@ -349,8 +357,9 @@ def _describe(problem: dict[str, Any], path: KeyPath) -> tuple[str, str | None]:
     if kind == "missing":
         return "is missing", f"add {path[-1]}"
     if kind == "literal_error":
-        model = _model_at(path[:-1])
-        field = model.model_fields.get(str(path[-1])) if model else None
+        named = path[:-1] if isinstance(path[-1], int) else path  # of a list's item the list is the field
+        model = _model_at(named[:-1])
+        field = model.model_fields.get(str(named[-1])) if model else None
         choices = list(dict.fromkeys(str(choice) for choice in _choices(field.annotation))) if field else []
         nearest = _nearest(given, choices, cutoff=0.6) if isinstance(given, str) else None
         shown = ", ".join(choices) if len(choices) <= 16 else ", ".join(choices[:16]) + ", …"

@@ -105,6 +105,16 @@ class DataRanksSection(BudgetSection):
         return self
 
 
+def expand_rank_names(values: Any) -> Any:
+    """The values of a section with `schedule` and `ranks`, which may be names alone."""
+    if isinstance(values, dict):
+        values = dict(values)
+        for section, key in (("schedule", "name"), ("ranks", "method")):
+            if isinstance(values.get(section), str):
+                values[section] = {key: values[section]}
+    return values
+
+
 # A name alone needs no mapping.
 Schedule = Annotated[ScheduleSection, or_also({"type": "string"})]
 DataRanks = Annotated[DataRanksSection, or_also({"type": "string"})]

@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from qhybrid.recipe.band import LONGEST_LAYERS, BandSection
+from qhybrid.recipe.band import LONGEST_LAYERS, BandSection, named_bands
 from qhybrid.recipe.distributed import DistributedSection
 from qhybrid.recipe.excerpt import excerpt
-from qhybrid.recipe.ranks import DataRanks, Schedule
+from qhybrid.recipe.ranks import DataRanks, Schedule, expand_rank_names
 from qhybrid.recipe.section import Section, or_also
 from qhybrid.recipe.stage_checks import check_stages
 from qhybrid.recipe.stages import MOST_STAGES, StageSection
+from qhybrid.recipe.sweep import SweepSection
 from qhybrid.recipe.training_fields import TrainingSection
 from qhybrid.units import parse_bytes
 
@@ -164,6 +165,7 @@ class Recipe(Section):
     memory: MemorySection = MemorySection()
     distributed: DistributedSection = DistributedSection()
     stages: Annotated[tuple[StageSection, ...], Field(max_length=MOST_STAGES, strict=False)] = ()
+    sweep: SweepSection | None = None  # what `qhybrid ranks sweep` runs; `qhybrid sft` leaves it alone
     output_dir: Annotated[str, Field(min_length=1)]
 
     @field_validator("output_dir")
@@ -218,27 +220,8 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_the_bands(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or not isinstance(values.get("adapters"), (list, tuple)):
-            return values
-        bands = []
-        for index, band in enumerate(values["adapters"]):
-            if isinstance(band, dict) and "band" not in band:
-                layers = band.get("layers", "all")
-                name = layers if isinstance(layers, str) and layers.isalpha() else f"band{index}"
-                band = {"band": name, **band}
-            bands.append(band)
-        return {**values, "adapters": bands}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand_rank_names(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            values = dict(values)
-            for section, key in (("schedule", "name"), ("ranks", "method")):
-                if isinstance(values.get(section), str):
-                    values[section] = {key: values[section]}
-        return values
+    def _expand_short_forms(cls, values: Any) -> Any:
+        return expand_rank_names(named_bands(values))
 
     @model_validator(mode="after")
     def _one_way_to_ranks(self) -> Self:
@@ -296,6 +279,10 @@ class Recipe(Section):
             raise ValueError("data.chat_template and training.chat_template_path both name a template")
         has_eval = bool(self.data.eval_sources) or self.data.eval_fraction > 0
         training = self.training
+        if self.sweep and not has_eval:
+            raise ValueError("sweep needs data.eval_sources or data.eval_fraction")
+        if self.sweep and self.sweep.prune and training.eval_strategy != "steps":
+            raise ValueError("sweep.prune needs training.eval_strategy: steps, and eval_steps")
         if training.fp16 and self.model.dtype != "float16":
             raise ValueError("training.fp16 needs model.dtype: float16")
         if training.bf16 and self.model.dtype != "bfloat16":

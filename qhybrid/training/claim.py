@@ -200,7 +200,7 @@ _MAY_DIFFER = (
     "training.logging_steps", "training.report_to", "training.run_name", "training.save_total_limit",
     "training.gradient_checkpointing", "training.per_device_eval_batch_size", "memory.vram",
     "memory.on_exceed", "memory.checkpoint_layers", "training.activation_checkpointing", "distributed.offload",
-    "distributed.zero_stage",
+    "distributed.zero_stage", "sweep",
 )  # fmt: skip
 # They may differ as long as an optimizer step takes as many rows: the same ones then.
 _SPLIT = (
@@ -216,10 +216,25 @@ def _same_recipe(run: Run, recipe: Recipe) -> None:
     if not run.recipe_file.is_file():
         return
     old, _ = parse_recipe(run.recipe_file.read_text(encoding="utf-8"), str(run.recipe_file))
-    # As it was written: without secrets, and with the home folder as "~".
+    changed = changes_between(old, recipe)
+    if changed:
+        raise RunFolderError(
+            f"the run in {run.folder} was started with another recipe ({'; '.join(changed[:5])})",
+            hint=f"resume with the recipe it was started with ({run.recipe_file} shows it), or choose another "
+            "output_dir",
+        )
+
+
+def changes_between(old: Recipe, recipe: Recipe, may_differ: tuple[str, ...] = _MAY_DIFFER) -> list[str]:
+    """What differs between the recipe of a run and the one it is to go on with, as "key: before → now".
+
+    Args:
+        old: as it was written: without secrets, and with the home folder as "~".
+        may_differ: how the keys begin that change neither the data nor the mathematics.
+    """
     before, now = (_flat(redacted_values(r.model_dump(mode="json"))) for r in (old, recipe))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    changed = [key for key in changed if not key.startswith(_MAY_DIFFER) and not _DATA_PATH.fullmatch(key)]
+    changed = [key for key in changed if not key.startswith(may_differ) and not _DATA_PATH.fullmatch(key)]
     rows_before, rows_now = (r.rows_per_step for r in (old, recipe))
     # Rows that do not fill a batch are dropped with dataloader_drop_last: other ones with another split.
     if rows_before == rows_now and not recipe.training.dataloader_drop_last:
@@ -227,13 +242,7 @@ def _same_recipe(run: Run, recipe: Recipe) -> None:
     elif rows_before != rows_now:
         changed = ["rows of a step", *changed]
         before["rows of a step"], now["rows of a step"] = rows_before, rows_now
-    if changed:
-        shown = "; ".join(f"{key}: {before.get(key)} → {now.get(key)}" for key in changed[:5])
-        raise RunFolderError(
-            f"the run in {run.folder} was started with another recipe ({shown})",
-            hint=f"resume with the recipe it was started with ({run.recipe_file} shows it), or choose another "
-            "output_dir",
-        )
+    return [f"{key}: {before.get(key)} → {now.get(key)}" for key in changed]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

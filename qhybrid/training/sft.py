@@ -101,7 +101,12 @@ class SftResult:
 
 
 def run_sft(
-    loaded: LoadedRecipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    loaded: LoadedRecipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    date: str | None = None,
 ) -> SftResult:
     """Train what the recipe says, and write the run folder.
 
@@ -110,6 +115,7 @@ def run_sft(
         resume: go on from the newest whole checkpoint, if the output folder has one.
         overwrite: replace an earlier run in the output folder.
         console: where progress is shown; standard output by default.
+        date: what chat templates that write the date are told (ISO 8601); today when left out.
 
     Raises:
         QhybridError: see `qhybrid.errors`; exit code 2 before training, 1 from training itself.
@@ -120,7 +126,7 @@ def run_sft(
     notify = functools.partial(console.print, highlight=False, soft_wrap=True)
     try:
         with stop_signals(notify) as signals:
-            result = _run(loaded, recipe, signals, resume=resume, overwrite=overwrite, console=console)
+            result = _run(loaded, recipe, signals, resume=resume, overwrite=overwrite, console=console, today=date)
     except QhybridError as error:
         # What is wrong with the input is found by every process, and told by the first.
         if error.told_elsewhere is None and error.exit_code == 2:
@@ -142,6 +148,7 @@ def _run(
     resume: bool,
     overwrite: bool,
     console: Console,
+    today: str | None,
 ) -> SftResult:
     agree(lambda: preflight(recipe, base_folder=loaded.folder, resume=resume, overwrite=overwrite))
     before = agree(lambda: Run(Path(recipe.output_dir)).status if resume else None)
@@ -154,7 +161,7 @@ def _run(
     recipe, plan = together(lambda: _planned(recipe, hardware, earlier))
     with one_after_another():
         base = model_folder(recipe.model)
-    date = (before or {}).get("date") or agree(lambda: datetime.date.today().isoformat())
+    date = (before or {}).get("date") or today or agree(lambda: datetime.date.today().isoformat())
     prepared = together(lambda: _prepare(loaded, recipe, plan, base, hardware, earlier, date))
     recipe, data = prepared.recipe, prepared.data
     if len(set(gather(data.fingerprint))) > 1:

@@ -188,6 +188,25 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _the_preconditioner_has_its_gradients(self) -> Self:
+        training = self.training
+        if training.preconditioner is None:
+            if training.preconditioner_delta != type(training).model_fields["preconditioner_delta"].default:
+                raise ValueError("training.preconditioner_delta has no effect without training.preconditioner")
+            return self
+        if self.distributed.offload != "none":
+            raise ValueError(
+                "training.preconditioner does not go with distributed.offload: DeepSpeed takes the norm to clip "
+                "by before the gradients are preconditioned"
+            )
+        if any(band.kind == "adalora" and band.schedule.regularizer_in_scores for band in self.adapters):
+            raise ValueError(
+                "training.preconditioner does not go with adalora.regularizer_in_scores: the regulariser is added "
+                "after it, and the scores are taken before"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _zero_can_train_it(self) -> Self:
         if self.distributed.zero_stage == 0:
             return self

@@ -19,11 +19,13 @@ from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_optimizer import is_optimizer_factory
 
+from qhybrid.adapters.access import DIRECT
 from qhybrid.adapters.adalora import add_regularizer
 from qhybrid.adapters.allocator import RankAllocator, Triplets
 from qhybrid.adapters.attach import ADAPTER, adapted_modules, keep_adapter_values
 from qhybrid.adapters.dora import hold_norms
 from qhybrid.adapters.parameter_groups import parameter_groups
+from qhybrid.adapters.preconditioner import precondition
 from qhybrid.adapters.schedule import plan_schedules
 from qhybrid.architecture.layout import Layout
 from qhybrid.base.tensor_files import read_tensors
@@ -93,11 +95,12 @@ class BandedTrainer(CheckpointingTrainer):
             raise self._refused("optim", error) from None
         if is_optimizer_factory(optimizer_class) or {"params", "model", "optimizer_dict"} & settings.keys():
             # GaLore, LOMO, Muon and their kin make their own groups.
-            if any(row.loraplus_lr_ratio != 1 or row.kind == "adalora" for row in self.layout):
+            wants_gradients = self.recipe.training.preconditioner is not None
+            if wants_gradients or any(row.loraplus_lr_ratio != 1 or row.kind == "adalora" for row in self.layout):
                 raise RecipeError(
-                    f"training.optim {self.recipe.training.optim} makes its own parameter groups, or "
-                    "consumes gradients as they come: LoRA+ rates and AdaLoRA do not work with it",
-                    hint="choose another optimizer, or other kinds of bands",
+                    f"training.optim {self.recipe.training.optim} makes its own parameter groups, or consumes "
+                    "gradients as they come: LoRA+ rates, AdaLoRA and a preconditioner do not work with it",
+                    hint="choose another optimizer, or leave those out",
                 )
             return super().create_optimizer(model)
         if self.allocators and self.recipe.training.optim.startswith("schedule_free"):
@@ -318,20 +321,28 @@ class BandedTrainer(CheckpointingTrainer):
         """
         scaler = getattr(self.accelerator, "scaler", None)
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        for band, allocator in zip(self._adalora_bands(), self.allocators, strict=True):
+        access = self._zero or DIRECT
+        bands = list(zip(self._adalora_bands(), self.allocators, strict=True))
+        for band, allocator in bands:
+            if not band.schedule.regularizer_in_scores:
+                self._observe(allocator, scale)
+        training = self.recipe.training
+        if training.preconditioner is not None:
+            precondition(self.model, self.layout, training.preconditioner_delta, access)
+        for band, allocator in bands:
             settings = band.schedule
-            still_choosing = self.state.global_step < allocator.schedule.last_allocation
-            if still_choosing and not settings.regularizer_in_scores:
-                allocator.observe(scale)
             if settings.regularizer_weight > 0:
                 triplets = [self._triplets[row.module] for row in self.layout.of_band(band.band)]
                 pairs = [(t.p, t.q) for t in triplets]
-                access = allocator.access
                 self.step_regularizer += add_regularizer(pairs, settings.regularizer_weight, scale, access).item()
-            if still_choosing and settings.regularizer_in_scores:
-                allocator.observe(scale)
+            if settings.regularizer_in_scores:
+                self._observe(allocator, scale)
         if self._zero is not None:
             self._zero.forget_gradients()
+
+    def _observe(self, allocator: RankAllocator, scale: float) -> None:
+        if self.state.global_step < allocator.schedule.last_allocation:
+            allocator.observe(scale)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)

@@ -103,12 +103,16 @@ class ZeroAccess:
 
     def add_to_gradient(self, parameter: nn.Parameter, addition: Tensor) -> None:
         """As `Access`."""
-        from deepspeed.utils import safe_set_full_grad
-
         gradient = self.gradient(parameter)
         assert gradient is not None
-        gradient += addition
-        safe_set_full_grad(parameter, gradient)
+        self.set_gradient(parameter, gradient + addition)
+
+    def set_gradient(self, parameter: nn.Parameter, values: Tensor) -> None:
+        """As `Access`."""
+        from deepspeed.utils import safe_set_full_grad
+
+        self._gradients[parameter] = values
+        safe_set_full_grad(parameter, values)
 
     def forget_gradients(self) -> None:
         """They were gathered for one step."""

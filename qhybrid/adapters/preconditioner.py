@@ -1,4 +1,4 @@
-"""Riemannian preconditioning: the gradient of each factor times the inverse of its block of a metric.
+"""Riemannian preconditioning: the clipped gradient of each factor times the inverse of its block of a metric.
 
 Zhang and Pilanci, arXiv 2402.02347: g_A <- (BᵀB + δI)⁻¹ g_A and g_B <- g_B (AAᵀ + δI)⁻¹, before the optimizer sees
 them. The metric says how far the product X moves when one factor w does: M_w = JᵀJ with J = ∂X/∂w. Here X is what
@@ -12,13 +12,42 @@ Without δ and with plain SGD the change of X is then the same for all factors o
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from qhybrid.adapters.access import DIRECT, Access
 from qhybrid.adapters.attach import ADAPTER, adapted_modules
+from qhybrid.adapters.spectrum import gram
 from qhybrid.architecture.layout import Layout
+
+
+@torch.no_grad()
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, gradient_scale: float = 1.0, access: Access = DIRECT
+) -> float:
+    """Scale all gradients down to `max_norm` together, as torch's clip_grad_norm_; 0 leaves them as they are.
+
+    Clipping comes before preconditioning, as with peft's optimizer. After it, while B is small, the norm would be
+    that of the A's, and clipping would take their steps from all others.
+
+    Args:
+        gradient_scale: what the gradients are multiplied with (a loss scaler's factor).
+        access: how gradients are reached.
+
+    Returns:
+        The norm before, without the scale. Gradients that are not finite are left for others to find.
+    """
+    found = [(parameter, access.gradient(parameter)) for parameter in parameters]
+    gradients = [(parameter, gradient) for parameter, gradient in found if gradient is not None]
+    norm = torch.stack([gradient.float().norm() for _, gradient in gradients]).norm().item() / gradient_scale
+    if max_norm and max_norm < norm < math.inf:
+        for parameter, gradient in gradients:
+            access.set_gradient(parameter, gradient * (max_norm / norm))
+    return norm
 
 
 @torch.no_grad()
@@ -34,7 +63,7 @@ def precondition(model: PeftModel, layout: Layout, delta: float, access: Access 
     for _, module in adapted_modules(model, layout):
         a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
         square = module.scaling[ADAPTER] ** 2
-        gram_a, gram_b = _gram(access.values(a)), _gram(access.values(b).T)
+        gram_a, gram_b = gram(access.values(a)), gram(access.values(b).T)
         if hasattr(module, "lora_lambda"):
             lam = module.lora_lambda[ADAPTER]
             _multiply(lam, square * gram_a * gram_b, delta, access)
@@ -42,12 +71,6 @@ def precondition(model: PeftModel, layout: Layout, delta: float, access: Access 
             square = square * torch.outer(values, values)
         _multiply(a, square * gram_b, delta, access)
         _multiply(b, square * gram_a, delta, access, from_right=True)
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """All inner products of the rows (r, n): (r, r) in fp64, or a small δ would drown in its rounding."""
-    wide = rows.double()
-    return wide @ wide.T
 
 
 def _multiply(

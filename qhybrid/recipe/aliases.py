@@ -10,7 +10,9 @@ from qhybrid.recipe.excerpt import excerpt
 from qhybrid.recipe.training_fields import TrainingSection
 from qhybrid.recipe.yaml_source import Path, Source
 
-SECTIONS = ("model", "quantization", "adapters", "data", "training", "memory", "distributed", "output_dir")
+SECTIONS = (
+    "model", "quantization", "adapters", "data", "training", "memory", "distributed", "monitoring", "output_dir",
+)  # fmt: skip
 
 # Their name at the top level: our path. "adapters" means every band of the recipe, "sources" every data source.
 TOP_LEVEL: dict[str, tuple[str, ...]] = {

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from qhybrid.recipe.band import LONGEST_LAYERS, BandSection
 from qhybrid.recipe.distributed import DistributedSection
 from qhybrid.recipe.excerpt import excerpt
+from qhybrid.recipe.monitoring import MonitoringSection
 from qhybrid.recipe.section import Section, or_also
 from qhybrid.recipe.training_fields import TrainingSection
 from qhybrid.units import parse_bytes
@@ -157,6 +158,7 @@ class Recipe(Section):
     training: TrainingSection = TrainingSection()
     memory: MemorySection = MemorySection()
     distributed: DistributedSection = DistributedSection()
+    monitoring: MonitoringSection = MonitoringSection()
     output_dir: Annotated[str, Field(min_length=1)]
 
     @field_validator("output_dir")
@@ -194,11 +196,6 @@ class Recipe(Section):
             if training.preconditioner_delta != type(training).model_fields["preconditioner_delta"].default:
                 raise ValueError("training.preconditioner_delta has no effect without training.preconditioner")
             return self
-        if self.distributed.offload != "none":
-            raise ValueError(
-                "training.preconditioner does not go with distributed.offload: DeepSpeed takes the norm to clip "
-                "by before the gradients are preconditioned"
-            )
         if any(band.kind == "adalora" and band.schedule.regularizer_in_scores for band in self.adapters):
             raise ValueError(
                 "training.preconditioner does not go with adalora.regularizer_in_scores: the regulariser is added "

@@ -19,13 +19,14 @@ from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_optimizer import is_optimizer_factory
 
-from qhybrid.adapters.access import DIRECT
+from qhybrid.adapters.access import DIRECT, Access
 from qhybrid.adapters.adalora import add_regularizer
 from qhybrid.adapters.allocator import RankAllocator, Triplets
 from qhybrid.adapters.attach import ADAPTER, adapted_modules, keep_adapter_values
 from qhybrid.adapters.dora import hold_norms
+from qhybrid.adapters.folder import trained_tensors
 from qhybrid.adapters.parameter_groups import parameter_groups
-from qhybrid.adapters.preconditioner import precondition
+from qhybrid.adapters.preconditioner import clip_gradients, precondition
 from qhybrid.adapters.schedule import plan_schedules
 from qhybrid.architecture.layout import Layout
 from qhybrid.base.tensor_files import read_tensors
@@ -62,10 +63,12 @@ class BandedTrainer(CheckpointingTrainer):
         self.recipe = recipe
         self.layout = layout
         self.allocators: list[RankAllocator] = []
+        self.gradient_watchers: list[Callable[[float, Access], None]] = []  # see `_finish_gradients`
         self.step_loss = 0.0  # cross-entropy of the optimizer step under way
         self.step_regularizer = 0.0
         self.grad_norm = 0.0
         self._num_non_finite = 0  # steps in a row
+        self._clipped_norm = 0.0  # the gradients' before a preconditioner
         self._zero: ZeroAccess | None = None
         self.micro_batch: int | None = None  # rows that go through the model at once, after running out of memory
         self._stopped = False
@@ -205,6 +208,11 @@ class BandedTrainer(CheckpointingTrainer):
     # ---- one step ----
 
     @property
+    def access(self) -> Access:
+        """How whole values and gradients of what is trained are reached."""
+        return self._zero or DIRECT
+
+    @property
     def num_train_tokens(self) -> int:
         """Tokens that were trained on so far, padding left out."""
         return int(self._total_train_tokens)
@@ -321,20 +329,24 @@ class BandedTrainer(CheckpointingTrainer):
         """
         scaler = getattr(self.accelerator, "scaler", None)
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        access = self._zero or DIRECT
+        for watch in self.gradient_watchers:
+            watch(scale, self.access)
         bands = list(zip(self._adalora_bands(), self.allocators, strict=True))
         for band, allocator in bands:
             if not band.schedule.regularizer_in_scores:
                 self._observe(allocator, scale)
         training = self.recipe.training
         if training.preconditioner is not None:
-            precondition(self.model, self.layout, training.preconditioner_delta, access)
+            trained = trained_tensors(self.model, self.layout).values()
+            self._clipped_norm = clip_gradients(trained, training.max_grad_norm, scale, self.access)
+            precondition(self.model, self.layout, training.preconditioner_delta, self.access)
         for band, allocator in bands:
             settings = band.schedule
             if settings.regularizer_weight > 0:
                 triplets = [self._triplets[row.module] for row in self.layout.of_band(band.band)]
                 pairs = [(t.p, t.q) for t in triplets]
-                self.step_regularizer += add_regularizer(pairs, settings.regularizer_weight, scale, access).item()
+                added = add_regularizer(pairs, settings.regularizer_weight, scale, self.access)
+                self.step_regularizer += added.item()
             if settings.regularizer_in_scores:
                 self._observe(allocator, scale)
         if self._zero is not None:
@@ -346,6 +358,8 @@ class BandedTrainer(CheckpointingTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        if self.recipe.training.preconditioner is not None and math.isfinite(grad_norm):
+            grad_norm = self._clipped_norm  # not of what became of the gradients afterwards
         self.grad_norm = float(grad_norm)
         if is_several():  # each has trl's loss of its own rows, times the number of processes
             losses = gather(self.step_loss)

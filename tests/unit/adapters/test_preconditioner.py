@@ -13,7 +13,7 @@ from helpers import randomize_adapters, tiny_layout, tiny_model
 from peft.optimizers import create_riemannian_optimizer
 
 from qhybrid.adapters.attach import ADAPTER, adapted_modules, attach
-from qhybrid.adapters.preconditioner import precondition
+from qhybrid.adapters.preconditioner import clip_gradients, precondition
 
 BANDS = [
     {"band": "lora", "layers": "0", "kind": "lora", "rank": 4, "alpha": 12},
@@ -136,6 +136,30 @@ def test_nothing_blows_up_where_a_product_starts_at_zero(delta):
             assert factors["b"].grad.any()
 
 
+@pytest.mark.parametrize(("max_norm", "scale"), [(0.5, 1.0), (0.5, 1024.0), (1e9, 1.0), (0.0, 8.0)])
+def test_clipping_is_torchs(max_norm, scale):
+    one, other = with_gradients(), with_gradients()
+    trained = [p for p in one.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad.mul_(scale)
+    norm = clip_gradients(trained, max_norm, scale)
+    theirs = [p for p in other.parameters() if p.requires_grad]
+    assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, max_norm or float("inf")).item(), rel=1e-5)
+    for mine, stock in zip(trained, theirs, strict=True):
+        torch.testing.assert_close(mine.grad / scale, stock.grad, rtol=1e-5, atol=1e-9)
+
+
+def test_what_is_not_finite_is_left_for_the_loss_scaler_to_find():
+    model = with_gradients()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trained[3].grad[0, 0] = float("inf")
+    before = [p.grad.clone() for p in trained]
+    assert clip_gradients(trained, 0.5) == float("inf")
+    assert all(torch.equal(p.grad, old) for p, old in zip(trained, before, strict=True))
+    precondition(model, LAYOUT, 0.01)
+    assert not all(p.grad.isfinite().all() for p in trained)
+
+
 # ---- invariance ----
 
 
@@ -228,8 +252,12 @@ def test_plain_lora_with_a_scaling_of_one_is_pefts_riemannian_optimizer(optimize
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
             losses.append(loss.item())
+            trained = [p for p in model.parameters() if p.requires_grad]
             if model is ours:
+                clip_gradients(trained, 0.3)
                 precondition(ours, layout, 1e-2)
+            else:  # the order of transformers' trainer
+                torch.nn.utils.clip_grad_norm_(trained, 0.3)
             step.step()
         assert losses[0] == pytest.approx(losses[1], abs=2e-6)
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):

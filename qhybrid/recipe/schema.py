@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from qhybrid.recipe.band import LONGEST_LAYERS, BandSection, named_bands
 from qhybrid.recipe.distributed import DistributedSection
 from qhybrid.recipe.excerpt import excerpt
+from qhybrid.recipe.monitoring import MonitoringSection
 from qhybrid.recipe.ranks import DataRanks, Schedule, expand_rank_names
 from qhybrid.recipe.section import Section, or_also
 from qhybrid.recipe.stage_checks import check_stages
@@ -165,6 +166,7 @@ class Recipe(Section):
     memory: MemorySection = MemorySection()
     distributed: DistributedSection = DistributedSection()
     stages: Annotated[tuple[StageSection, ...], Field(max_length=MOST_STAGES, strict=False)] = ()
+    monitoring: MonitoringSection = MonitoringSection()
     sweep: SweepSection | None = None  # what `qhybrid ranks sweep` runs; `qhybrid sft` leaves it alone
     output_dir: Annotated[str, Field(min_length=1)]
 
@@ -199,6 +201,20 @@ class Recipe(Section):
         if self.distributed.processes > 1 and not self.training.average_tokens_across_devices:
             raise ValueError(
                 "training.average_tokens_across_devices: false weighs the tokens of several processes unequally"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_preconditioner_has_its_gradients(self) -> Self:
+        training = self.training
+        if training.preconditioner is None:
+            if training.preconditioner_delta != type(training).model_fields["preconditioner_delta"].default:
+                raise ValueError("training.preconditioner_delta has no effect without training.preconditioner")
+            return self
+        if any(band.kind == "adalora" and band.adalora_settings.regularizer_in_scores for band in self.adapters):
+            raise ValueError(
+                "training.preconditioner does not go with adalora.regularizer_in_scores: the regulariser is added "
+                "after it, and the scores are taken before"
             )
         return self
 

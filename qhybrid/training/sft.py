@@ -47,6 +47,7 @@ from qhybrid.recipe.load import LoadedRecipe
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.arguments import training_arguments
 from qhybrid.training.callbacks.allocate import AllocateRanks
+from qhybrid.training.callbacks.monitor import Monitor
 from qhybrid.training.callbacks.record import RecordSteps
 from qhybrid.training.callbacks.replace import DiscardReplaced
 from qhybrid.training.callbacks.stages import BeginStages
@@ -310,6 +311,7 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(AllocateRanks(trainer, events))
     trainer.add_callback(BeginStages(trainer, run, report))
+    trainer.add_callback(Monitor(trainer, events, run.events_file))
     trainer.add_callback(RecordSteps(trainer, events, display))
     if place().is_main:
         trainer.add_callback(DiscardReplaced(run))

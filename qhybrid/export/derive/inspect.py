@@ -158,14 +158,7 @@ def _measured(name: str, plain: PlainModule | None, layout: Layout | None) -> Mo
         live = int(terms[: plain.native.rank].sum())
         parameters = sum(part.numel() for part in (plain.a, plain.b, plain.magnitude) if part is not None)
         sigma = tuple(float(f"{value:.{_DIGITS}g}") for value in spectrum.sigma[: int(terms.sum())].tolist())
-        figures = {
-            "norm": spectrum.norm,
-            "largest": float(spectrum.sigma[0]),
-            "energy_rank_90": spectrum.energy_rank(0.9),
-            "energy_rank_99": spectrum.energy_rank(0.99),
-            "stable_rank": spectrum.stable_rank,
-            "effective_rank": spectrum.effective_rank,
-        }
+        figures = spectrum.figures()
     kind = "lora" if plain is None or plain.magnitude is None else "dora"
     return ModuleReport(
         module=name,

@@ -152,7 +152,7 @@ class Stages:
             stage = self._stages[self._next]
             due = [n for n, at in enumerate(self._steps) if n >= self._next and at is not None and at <= step]
             stands = stage.when == "spectrum" and stage.at is None
-            begins = self._next in due or (not due and (stands or self._is_reached()))
+            begins = self._next in due or self._is_reached() or (stands and not due)
             if not begins and not due:
                 return
             self._next += 1

@@ -90,8 +90,13 @@ def test_every_change_is_told_and_written_down(whole):
     assert 0 < spent <= 1500
     assert result.figures["stages_begun"] == ["grow", "wide", "settle", "flat"]
     assert result.figures["num_trained_parameters"] == events[-1]["num_parameters"]
-    kinds = {m.module: m.rank for m in read_plain(folder).modules if "layers.0." in m.module}
-    assert kinds.items() <= ranks.items()  # what eval and export read
+    plain = {m.module: m.rank for m in read_plain(folder).modules if "layers.0." in m.module}
+    assert plain.items() <= ranks.items() and 8 in plain.values()  # what eval and export read
+    peft = json.loads((folder / "adapter" / "peft" / "lora" / "adapter_config.json").read_text())
+    for row in layout_in(folder).of_kind("lora"):
+        assert peft["rank_pattern"].get(row.module, peft["r"]) == row.rank
+        alpha = peft["alpha_pattern"].get(row.module, peft["lora_alpha"])
+        assert alpha == pytest.approx(row.scaling * row.rank) == row.alpha
     plan = json.loads((folder / "plan.json").read_text())
     assert plan["num_trained_parameters_at_most"] >= result.figures["num_trained_parameters"]
     assert plan["num_trained_parameters"] == changes[0]["num_parameters_before"]

@@ -76,6 +76,17 @@ def test_stages_come_in_their_order_and_waiting_ones_are_passed_over():
     assert run.stages.frozen == {"low"} and run.stages.begun == ["first", "later", "last"]
 
 
+def test_a_plateau_that_comes_with_the_next_stage_is_not_passed_over():
+    run = Rehearsal(
+        {"name": "flat", "when": "plateau", "plateau": {"patience": 1}, "freeze": "low"},
+        {"name": "rule", "when": "spectrum", "expand": {"by": 1, "to": 9}},
+        {"name": "later", "at": 50, "freeze": "mid"},
+    )
+    for loss in (1.0, 1.0):
+        run.stages.take_evaluation(loss)
+    assert run.names(50) == ["flat", "-rule", "later"] and run.stages.frozen == {"low", "mid"}
+
+
 def test_the_most_important_modules_grow():
     run = Rehearsal({"at": 3, "expand": {"top": 3, "times": 2}})
     chosen = ["model.layers.5.mlp.up_proj", "model.layers.0.self_attn.q_proj", "model.layers.4.self_attn.k_proj"]

@@ -50,6 +50,7 @@ def measure_run(options: argparse.Namespace) -> None:
     import torch
     from datasets import Dataset
     from rich.console import Console
+    from transformers import PrinterCallback
     from trl import SFTConfig
 
     import qhybrid.training.trainer as training
@@ -114,6 +115,7 @@ def measure_run(options: argparse.Namespace) -> None:
             train_dataset=Dataset.from_dict({"input_ids": ids, "labels": labels}),
             processing_class=load_tokenizer(recipe.model),
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(AllocateRanks(trainer, events))
         trainer.add_callback(Monitor(trainer, events, file))
         trainer.add_callback(

@@ -26,7 +26,7 @@ _RUN = "run"  # the trial's attribute that names the run
 
 
 class RunTail:
-    """How far a run has come, and the losses of its evaluations by step; only what was added to its log is read."""
+    """How far a run has come, and the losses of its evaluations by step, from what was added to its log."""
 
     def __init__(self, events: Path) -> None:
         self._events = events

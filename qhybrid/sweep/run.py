@@ -18,7 +18,7 @@ from qhybrid.sweep.measures import value_of
 from qhybrid.sweep.order import LOG, RUN, Order
 from qhybrid.sweep.outcome import Outcome, outcome_of, read_outcome, write_outcome
 from qhybrid.sweep.pool import Ended, Job, Pool, context
-from qhybrid.sweep.pruning import RunTail, Pruner
+from qhybrid.sweep.pruning import Pruner, RunTail
 from qhybrid.sweep.results import LOWER_IS_BETTER, RESULTS, SweepResults, read_results, write_results
 from qhybrid.sweep.setup import PRELOAD, RunKey, Setup, set_up, settled, work
 from qhybrid.sweep.summary import summarise

@@ -185,6 +185,9 @@ def _probed(how: BaseContext, loaded: LoadedRecipe, date: str, prepare: Callable
         answer = ours.recv()
     except EOFError:
         raise SweepError("the process that looks at model and data ended without an answer") from None
+    except BaseException:  # a signal
+        process.terminate()
+        raise
     finally:
         process.join()
         ours.close()

@@ -17,7 +17,7 @@ from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.sweep import DATA_MAPS, RECIPE_ARM, ArmSection, SweepSection, arm_word
 from qhybrid.sweep.budget import Equalled, at_budget, mean_rank, parameters_at_end
 
-# GoRA (arXiv 2502.12171, figure 3) finds most of the rank in W_v and least in W_q.
+# GoRA (arXiv 2502.12171) finds most of the rank in W_v and least in W_q.
 _MODULE_WEIGHTS = {
     "q_proj": 1.0, "k_proj": 2.0, "v_proj": 4.0, "o_proj": 2.0, "gate_proj": 2.0, "up_proj": 2.0, "down_proj": 2.0,
 }  # fmt: skip

@@ -90,11 +90,16 @@ def num_at_once(needed: Sequence[int], free_bytes: int, cores: int, asked: int |
 
 
 def num_cores() -> int:
-    """The cores that this process may use: not hyper-threads, and no more than OMP_NUM_THREADS says."""
+    """The cores that this process may use; hyper-threads do not count."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def num_threads(cores: int, at_once: int) -> int:
+    """The threads of each run: its share of the cores, or fewer where OMP_NUM_THREADS says so."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    limits = [allowed, psutil.cpu_count(logical=False) or allowed, int(asked) if asked.isdecimal() else allowed]
-    return max(1, min(limits))
+    share = max(1, cores // at_once)
+    return min(share, max(1, int(asked))) if asked.isdecimal() else share
 
 
 class Pool:

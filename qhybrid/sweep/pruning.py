@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +21,17 @@ from qhybrid.sweep.outcome import Outcome
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+_STEP = re.compile(rb'\{"event": "step", "time": [0-9.]+, "step": ([0-9]+)')
 _RUN = "run"  # the trial's attribute that names the run
 
 
-class LossTail:
-    """The evaluations that a run has logged, by step; only what was added since is read."""
+class RunTail:
+    """How far a run has come, and the losses of its evaluations by step, from what was added to its log."""
 
     def __init__(self, events: Path) -> None:
         self._events = events
         self._read = 0
-        self.total_steps = 0
+        self.step = self.total_steps = 0
         self.losses: dict[int, float] = {}
 
     def refresh(self) -> bool:
@@ -44,7 +46,10 @@ class LossTail:
         self._read += len(whole)
         was = len(self.losses)
         for line in whole.splitlines():
-            if line.startswith((b'{"event": "evaluation"', b'{"event": "begin"')):
+            step = _STEP.match(line)
+            if step:  # with AdaLoRA's ranks in it a line is long
+                self.step = int(step[1])
+            elif line.startswith((b'{"event": "evaluation"', b'{"event": "begin"')):
                 self._take(json.loads(line))
         return len(self.losses) > was
 
@@ -122,5 +127,6 @@ def require_optuna() -> None:
     """
     if find_spec("optuna") is None:
         raise SweepError(
-            "sweep.prune needs optuna, which is not installed", hint="pip install optuna; or leave sweep.prune out"
+            "sweep.prune needs optuna, which is not installed",
+            hint="pip install 'qhybrid[sweep]'; or leave sweep.prune out",
         )

@@ -18,7 +18,7 @@ from qhybrid.sweep.measures import value_of
 from qhybrid.sweep.order import LOG, RUN, Order
 from qhybrid.sweep.outcome import Outcome, outcome_of, read_outcome, write_outcome
 from qhybrid.sweep.pool import Ended, Job, Pool, context
-from qhybrid.sweep.pruning import LossTail, Pruner
+from qhybrid.sweep.pruning import Pruner, RunTail
 from qhybrid.sweep.results import LOWER_IS_BETTER, RESULTS, SweepResults, read_results, write_results
 from qhybrid.sweep.setup import PRELOAD, RunKey, Setup, set_up, settled, work
 from qhybrid.sweep.summary import summarise
@@ -53,17 +53,13 @@ def run_sweep(
         QhybridError: the sweep cannot be made as asked; or a run failed, and its log is named.
     """
     console = console or Console()
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
-
     loaded = settled(loaded)
     with stop_signals(lambda text: None), claimed(output) as folder:
         started = folder.started
         if started is not None:
             folder.require_same(loaded.recipe)
             if (folder.path / RESULTS).is_file():
-                say(f"{folder.path} holds the finished sweep of this recipe; nothing to do")
+                _say(console, f"{folder.path} holds the finished sweep of this recipe; nothing to do")
                 return read_results(folder.path)
         how = context(PRELOAD)
         date = started.date if started else datetime.date.today().isoformat()
@@ -71,7 +67,7 @@ def run_sweep(
         if started is None:
             folder.begin(loaded.recipe, setup.started)
         announce(setup)
-        runs = _Runs(setup, folder, Pool(how, setup.at_once, setup.free_bytes), prepare, say)
+        runs = _Runs(setup, folder, Pool(how, setup.at_once, setup.free_bytes), prepare, console)
         runs.make(setup.search, is_search=True)
         best = {arm.name: best_rate(setup, arm.name, runs.outcomes) for arm in setup.arms}
         final = tuple(
@@ -120,14 +116,14 @@ class _Runs:
         folder: SweepFolder,
         pool: Pool,
         prepare: Callable[[], None],
-        say: Callable[[str], None],
+        console: Console,
     ) -> None:
         self.outcomes: dict[RunKey, Outcome] = {}
         self._setup, self._folder, self._pool = setup, folder, pool
-        self._prepare, self._say = prepare, say
+        self._prepare, self._console = prepare, console
         self._keys: dict[str, RunKey] = {}
         self._began: dict[str, float] = {}
-        self._tails: dict[str, LossTail] = {}
+        self._tails: dict[str, RunTail] = {}
         prune = setup.sweep.prune
         self._pruner = Pruner(prune, folder.journal) if prune else None
         self._num_done = self._num_all = 0
@@ -144,18 +140,19 @@ class _Runs:
         self._keys = {key.name: key for key in missing}
         kept = f", {len(keys) - len(missing)} of them are there" if len(missing) < len(keys) else ""
         what = "search for learning rates" if is_search else "seeds at the best rates"
-        self._say(f"{what}: {len(keys)} runs{kept}")
+        _say(self._console, f"{what}: {len(keys)} runs{kept}")
         self._num_done, self._num_all = len(keys) - len(missing), len(keys)
-        self._pool.run(
-            [self._job(key) for key in missing],
-            started=lambda job: None,
-            ended=lambda ended: self._end(ended, is_search),
-            watch=self._watch if is_search and self._pruner else lambda names: None,
-        )
+        with self._console.status(what) as status:  # on a terminal; elsewhere nothing
+            self._pool.run(
+                [self._job(key) for key in missing],
+                started=lambda job: None,
+                ended=lambda ended: self._end(ended, is_search),
+                watch=lambda names: status.update(self._watch(names, is_search)),
+            )
 
     def _job(self, key: RunKey) -> Job:
         folder = self._folder.run(key.name)
-        self._tails[key.name] = LossTail(folder / RUN / "events.jsonl")
+        self._tails[key.name] = RunTail(folder / RUN / "events.jsonl")
 
         def arguments() -> tuple:
             began = self._began[key.name] = time.time()
@@ -166,10 +163,15 @@ class _Runs:
 
         return Job(key.name, self._setup.needed_bytes[key.arm], work, arguments)
 
-    def _watch(self, names: tuple[str, ...]) -> None:
+    def _watch(self, names: tuple[str, ...], is_search: bool) -> str:
+        """Stop what is hopeless. Returns how far the others have come."""
+        words = []
         for name in names:
-            if self._tails[name].refresh() and self._hopeless_at(name) is not None:
+            tail = self._tails[name]
+            if tail.refresh() and is_search and self._hopeless_at(name) is not None:
                 self._pool.stop(name)
+            words.append(f"{name}, step {tail.step} of {tail.total_steps}" if tail.total_steps else name)
+        return "; ".join(words)
 
     def _hopeless_at(self, name: str) -> int | None:
         """The step at which the pruner gives the run up. The control never is, and its runs end first.
@@ -213,7 +215,7 @@ class _Runs:
             )
         self._num_done += 1
         self._note(key, outcome, is_search)
-        self._say(f"[{self._num_done}/{self._num_all}] {self._words(key, outcome)}")
+        _say(self._console, f"[{self._num_done}/{self._num_all}] {self._words(key, outcome)}")
 
     def _note(self, key: RunKey, outcome: Outcome, is_search: bool) -> None:
         self.outcomes[key] = outcome
@@ -233,6 +235,10 @@ class _Runs:
             f"{format_duration(outcome.seconds)} of steps, {format_duration(outcome.other_seconds)} beside them"
         )
         return what + f"{', '.join(figures)}; {times}; {format_bytes(outcome.peak_bytes or 0)}"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _last_words(log: Path, exit_code: int) -> str:

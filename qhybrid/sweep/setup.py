@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
 from typing import Any
 
-from qhybrid.errors import SweepError
+from qhybrid.errors import QhybridError, SweepError
 from qhybrid.planner import constants
 from qhybrid.planner.plan import make_plan
 from qhybrid.planner.solve import with_training
@@ -19,7 +19,7 @@ from qhybrid.recipe.sweep import SweepSection, folder_name
 from qhybrid.sweep.arms import Arm, budget_of, build_arms
 from qhybrid.sweep.folder import Started
 from qhybrid.sweep.order import LOG, Order, Probe
-from qhybrid.sweep.pool import num_at_once, num_cores
+from qhybrid.sweep.pool import num_at_once, num_cores, num_threads
 from qhybrid.sweep.pruning import require_optuna
 from qhybrid.training.preflight import check_inputs, settle
 from qhybrid.units import format_bytes
@@ -137,6 +137,10 @@ def set_up(
     needed = {}
     for arm in arms:
         one = resolve(arm.recipe(sweep.learning_rates[0], sweep.seeds[0], "run"))
+        try:
+            check_inputs(one, loaded.folder)
+        except QhybridError as error:
+            raise SweepError(f"the arm {arm.name}: {error.message}", hint=error.hint) from None
         plan = make_plan(
             one,
             found.spec,
@@ -165,7 +169,7 @@ def set_up(
         device=found.hardware.device,
         at_once=at_once,
         num_rows=found.num_rows,
-        started=started or Started(date, found.data_fingerprint, max(1, cores // at_once)),
+        started=started or Started(date, found.data_fingerprint, num_threads(cores, at_once)),
     )
 
 
@@ -181,6 +185,9 @@ def _probed(how: BaseContext, loaded: LoadedRecipe, date: str, prepare: Callable
         answer = ours.recv()
     except EOFError:
         raise SweepError("the process that looks at model and data ended without an answer") from None
+    except BaseException:  # a signal
+        process.terminate()
+        raise
     finally:
         process.join()
         ours.close()

@@ -38,7 +38,7 @@ def wait_for_step(output: Path, run: str, step: int, process: subprocess.Popen[b
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_model_folder):
     """The recipe, and its sweep that nothing happened to."""
-    recipe = sweep_recipe(tmp_path_factory.mktemp("whole"), tiny_model_folder)
+    recipe = sweep_recipe(tmp_path_factory.mktemp("whole"), tiny_model_folder, learning_rates=[5e-3])
     done = run_cli("ranks", "sweep", recipe, "--output", recipe.parent / "sweep")
     assert done.returncode == 0, done.stderr + done.stdout
     return recipe, recipe.parent / "sweep"
@@ -80,6 +80,8 @@ def test_sigterm_saves_and_leaves(whole, tmp_path):
     process = start(recipe, output)
     name = read_results(expected).runs[0].name
     wait_for_step(output, name, 3, process)
+    other = run_cli("ranks", "sweep", recipe, "--output", output)
+    assert other.returncode == 2 and "a sweep is going on in" in other.stderr
     process.terminate()
     said = process.communicate(timeout=_SECONDS)[0].decode()
     assert process.returncode == 128 + signal.SIGTERM and "interrupted" in said, said
@@ -89,24 +91,13 @@ def test_sigterm_saves_and_leaves(whole, tmp_path):
     same_rows(output, expected)
 
 
-def test_two_sweeps_do_not_share_a_folder(whole, tmp_path):
-    recipe, expected = whole
-    output = tmp_path / "sweep"
-    process = start(recipe, output)
-    wait_for_step(output, read_results(expected).runs[0].name, 1, process)
-    done = run_cli("ranks", "sweep", recipe, "--output", output)
-    process.terminate()
-    process.communicate(timeout=_SECONDS)
-    assert done.returncode == 2 and "a sweep is going on in" in done.stderr
-
-
 def test_a_run_that_fails_stops_the_sweep_with_its_reason(whole, tmp_path, tiny_model_folder):
-    """AdaLoRA has no step to allocate in; the control's runs are kept."""
-    recipe = sweep_recipe(
-        tmp_path, tiny_model_folder, training={"max_steps": 1}, arms=["uniform", "adalora-uniform"]
-    )
-    done = run_cli("ranks", "sweep", recipe, "--output", tmp_path / "sweep", "sweep.learning_rates=[1e-3]")
-    assert done.returncode != 0 and "AdaLoRA has no step to allocate in" in done.stderr
+    """The optimizer of an arm needs a library that is not there; the control's run is kept."""
+    arms = ["uniform", {"arm": "random", "name": "odd", "training": {"optim": "adamw_anyprecision"}}]
+    recipe = sweep_recipe(tmp_path, tiny_model_folder, arms=arms, learning_rates=[1e-3])
+    done = run_cli("ranks", "sweep", recipe, "--output", tmp_path / "sweep")
+    assert done.returncode == 1 and "the run odd/lr-0.001-seed-0 failed: training.optim adamw_any" in done.stderr
+    assert "output.log" in done.stderr and (tmp_path / "sweep/runs/uniform/lr-0.001-seed-0/outcome.json").is_file()
 
 
 def test_pruned_runs_are_recorded(tmp_path, tiny_model_folder):

@@ -11,9 +11,10 @@ from helpers import chat_rows, run_cli, write_rows
 from sweep_helpers import figures_of, sweep_recipe
 
 from qhybrid.recipe.load import load_recipe
-from qhybrid.sweep import setup as setup_module
+from qhybrid.sweep import setup as settling
 from qhybrid.sweep.outcome import read_outcome
 from qhybrid.sweep.results import read_results
+from qhybrid.training.events import read_events
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +63,7 @@ def test_adalora_says_what_it_has_left(finished):
         if run.counts
     ]
     assert arm.parameters == round(sum(outcome.parameters for outcome in counted) / 2)
-    last = json.loads(
-        (finished[1] / "runs" / run_name(finished[1]) / "run" / "events.jsonl").read_text().splitlines()[-2]
-    )
+    last = read_events(finished[1] / "runs" / run_name(finished[1]) / "run" / "events.jsonl", "step")[-1]
     assert sum(row.rank for row in arm.ranks) == sum(last["live_ranks"].values())
 
 
@@ -145,6 +144,10 @@ def test_other_data_is_refused(finished):
         (['sweep.measure={metrics: [accuracy], labels: ["1", "2"]}'], "is not one of the labels 1, 2"),
         (["sweep.rank=500"], "rank 500 is above"),
         (["sweep.rank=1", "sweep.arms=[uniform,dora-uniform]"], "the arm dora-uniform: a budget of"),
+        (
+            ["sweep.arms=[uniform,{name: late,adapters: {kind: adalora,rank: 4,adalora: {warmup: 9}}}]"],
+            "the arm late: band 'all': AdaLoRA has no step to allocate in",
+        ),
         (["sweep={}"], "is missing"),
         (["sweep=null"], "has no section sweep"),
         (["distributed.processes=2"], "every run in one process"),
@@ -178,8 +181,8 @@ def test_as_many_at_a_time_as_the_plans_fit(
     tmp_path, tiny_model_folder, monkeypatch, runs_of_memory, jobs, expected
 ):
     """The memory is made up; the plans are real."""
-    loaded = setup_module.settled(load_recipe(str(sweep_recipe(tmp_path, tiny_model_folder))))
-    probed = setup_module._probed
+    loaded = settling.settled(load_recipe(str(sweep_recipe(tmp_path, tiny_model_folder))))
+    probed = settling._probed
     needed: list[int] = []
 
     def probe(*arguments):
@@ -189,10 +192,10 @@ def test_as_many_at_a_time_as_the_plans_fit(
     def set_up():
         from qhybrid.sweep.pool import context
 
-        return setup_module.set_up(
-            loaded, context(setup_module.PRELOAD), jobs=jobs, date="2026-01-01", started=None, prepare=print
+        return settling.set_up(
+            loaded, context(settling.PRELOAD), jobs=jobs, date="2026-01-01", started=None, prepare=print
         )
 
-    monkeypatch.setattr(setup_module, "_probed", probe)
+    monkeypatch.setattr(settling, "_probed", probe)
     needed.append(max(set_up().needed_bytes.values()))
     assert needed[0] > 10**8 and set_up().at_once == expected

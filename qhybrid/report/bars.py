@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from qhybrid.report.svg import Picture, linear_ticks, tick_text
 
-_NAMES = 112.0
+_NAMES = 126.0
 _RIGHT = 74.0  # for the sums behind the bars
 _BAR, _GAP = 26.0, 12.0
 

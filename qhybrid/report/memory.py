@@ -98,7 +98,10 @@ def _comparison(plan: PlanFacts, measured: Mapping[str, int]) -> Table:
         what, planned_name = _MEASURED[name]
         planned = getattr(plan, planned_name)
         rows.append((what, format_bytes(planned), format_bytes(peak), f"{planned / peak - 1:+.1%}"))
-    return Table("At the peak", ("", "planned", "measured", "difference"), rows)
+    caption = (
+        "The process with loading, at the peak of the whole run. A negative difference: the plan was too low."
+    )
+    return Table("At the peak", ("", "planned", "measured", "difference"), rows, caption=caption, wide=False)
 
 
 def _over_time(facts: RunFacts, plan: PlanFacts | None) -> Figure:
@@ -152,6 +155,6 @@ def _components(plan: PlanFacts, expected: PlanFacts) -> Table:
         for name, size in ours.items()
     ]
     rows.append(("sum", format_bytes(expected.needed_bytes), "100.0%", format_bytes(plan.needed_bytes)))
-    header = ("component", "for this data", "share", "for the longest rows allowed")
-    caption = "The recipe allows longer rows than the data has; the last column is what those would need."
-    return Table("The plan by component", header, rows, caption=caption if plan.for_this_data else "")
+    header = ("component", "for this data", "share", "longest rows")
+    caption = "The last column is for the longest rows that the recipe allows, which other data may have."
+    return Table("The plan by component", header, rows, caption=caption if plan.for_this_data else "", wide=False)

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from qhybrid.report.page import Card, Folded, Note, Section, Table
+from qhybrid.report.page import Card, Folded, Note, Section
+from qhybrid.report.ranks import moments
 from qhybrid.report.run_facts import RunFacts, number
 from qhybrid.units import format_bytes, format_count, format_duration
 
-KINDS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "adalora": "AdaLoRA"}
 _BADGES = {
     "finished": ("finished", "good"),
     "running": ("in progress", "warning"),
@@ -91,7 +91,7 @@ def cards(facts: RunFacts) -> list[Card]:
         planned = f"planned {format_bytes(facts.expected.needed_bytes)}" if facts.expected else ""
         found.append(Card("Memory at the peak", format_bytes(facts.peaks[main]), planned))
     if facts.layout is not None:
-        ranks = f"{format_count(sum(row.rank for row in facts.layout))} ranks to begin with"
+        ranks = f"{format_count(moments(facts)[-1].total)} ranks in all"
         found.append(Card("Adapted modules", format_count(len(facts.layout)), ranks))
     return found
 
@@ -120,7 +120,8 @@ def _happenings(facts: RunFacts) -> Iterator[tuple[str, str]]:
         if kind == "begin" and step:
             yield f"The run was resumed after step {step}.", "plain"
         elif kind in ("failed", "interrupted"):
-            reason = ": ".join(str(record[name]).strip() for name in ("error", "message") if record.get(name))
+            names = ("error", "message") if kind == "failed" else ("message",)
+            reason = ": ".join(str(record[name]).strip() for name in names if record.get(name))
             yield f"The run {_ENDS[kind]}: {reason}", "bad" if kind == "failed" else "warning"
         elif kind == "loss_spike":
             loss = number(record.get("loss"))
@@ -146,14 +147,9 @@ def _rows(record: dict[str, Any]) -> str:
     return ", ".join(names[:_MOST_TOLD]) + (" …" if len(names) > _MOST_TOLD else "")
 
 
-def settings(facts: RunFacts) -> Section | None:
+def settings(facts: RunFacts) -> Section:
     """The whole recipe, and the versions."""
-    if not facts.recipe_text and not facts.versions:
-        return None
-    blocks: list[Any] = []
-    if facts.recipe_text:
-        blocks.append(Folded("The recipe, with every default written out", facts.recipe_text))
-    rows = list(facts.versions.items())
-    blocks.append(Table("", ("library", "version"), rows, left=2))
-    text = "What this run was made with. The recipe and these versions make the same run again."
+    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    text = f"The run was made with {versions}."
+    blocks = [Folded("The recipe, with every default written out", facts.recipe_text)] if facts.recipe_text else []
     return Section("settings", "Settings", text, blocks)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from qhybrid import __version__
 from qhybrid.redaction import redacted
@@ -67,6 +68,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     left: int = 1
     caption: str = ""
+    wide: bool = True
     kind: str = "table"
 
 
@@ -149,6 +151,7 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["prose"] = _prose
     now = datetime.datetime.now().astimezone()
     return environment.get_template("page.html").render(
         page=page,
@@ -174,6 +177,11 @@ def _shown(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Markup):
         return redacted(printable(value))
     return value
+
+
+def _prose(text: str) -> Markup:
+    """A sentence, with what stands in `backticks` as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(_shown(text)))))
 
 
 def _hash(text: str) -> str:

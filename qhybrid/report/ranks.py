@@ -12,11 +12,11 @@ from qhybrid.report.colours import NUM_SERIES, is_dark
 from qhybrid.report.curves import legend_of, resume_marks
 from qhybrid.report.heat_map import Grid, Shades, heat_map, small_map
 from qhybrid.report.line_chart import Line, line_chart
-from qhybrid.report.overview import KINDS
 from qhybrid.report.page import Block, Figure, Gallery, Legend, Section, Table
 from qhybrid.report.run_facts import RunFacts
 from qhybrid.units import format_count
 
+KINDS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "adalora": "AdaLoRA"}
 _MOST_FRAMES = 60
 _MOMENTS = 8  # shown side by side
 
@@ -254,7 +254,7 @@ def _budget(facts: RunFacts, found: Sequence[Moment]) -> Figure:
     chart = line_chart(
         lines, alt=alt, x_label="optimizer step", y_label="ranks of the band", zero=True, marks=resume_marks(facts)
     )
-    caption = "AdaLoRA begins with more ranks than it may keep, and drops the least important step by step."
+    caption = "AdaLoRA begins with more ranks than it may keep and drops the least important; stages add ranks."
     return Figure("Ranks of each band", chart, caption, legend_of(lines))
 
 

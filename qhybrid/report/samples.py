@@ -194,8 +194,8 @@ def _words(samples: Samples) -> str:
     cut = sum(sample.base_is_cut_off or sample.adapter_is_cut_off for sample in samples.samples)
     text = (
         f"{number} held-out row{'s' * (number != 1)}, answered greedily. The base model alone gave the expected "
-        f"text {exact['base']} times, with the adapter {exact['adapter']} times. So few rows show what has "
-        "changed, not how much: `qhybrid eval` measures that."
+        f"text in {exact['base']} of {number}, with the adapter it came in {exact['adapter']} of {number}. So few "
+        "rows show what has changed, not how much: `qhybrid eval` measures that."
     )
     return text + (f" Answers were cut off at {samples.max_new_tokens} tokens." if cut else "")
 

@@ -25,9 +25,10 @@ def stages_section(facts: RunFacts) -> Section | None:
         )
         for change in changes
     ]
-    header = ("after step", "stage", "what it did", "parameters before", "parameters after")
-    blocks: list[Block] = [Table("Changes", header, rows, left=3)]
-    if any(change.expanded for change in changes):
+    grown = any(change.expanded for change in changes)
+    header = ("after step", "stage", "what it did", "parameters", "then")
+    blocks: list[Block] = [Table("Changes", header, rows, left=3, wide=not grown)]
+    if grown:
         blocks.append(_parameters(facts, changes))
     lead = "A stage begins at a step, when a loss no longer falls, or where a rank is used up. What these did:"
     return Section("stages", "Stages", lead, blocks)

@@ -95,9 +95,11 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_text(value: float) -> str:
-    """A number on an axis: "0.02", "1,500", "2e-5"."""
+    """A number on an axis: "0.02", "1,500", "2M", "2e-5"."""
     if value == 0:
         return "0"
-    if abs(value) >= 1e6 or abs(value) < 1e-3:
+    if 1e6 <= abs(value) < 1e9:
+        return f"{value / 1e6:.3g}M"
+    if abs(value) >= 1e9 or abs(value) < 1e-3:
         return re.sub(r"e([+-])0*", lambda sign: "e-" if sign[1] == "-" else "e", f"{value:.3g}")
     return f"{value:,.6g}"

@@ -15,8 +15,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from qhybrid import __version__
-from qhybrid.redaction import redacted
-from qhybrid.report.svg import printable
+from qhybrid.report.svg import shown
 
 _FOLDER = Path(__file__).parent
 GENERATOR = f"qhybrid {__version__}"
@@ -175,7 +174,7 @@ def is_report(file: Path) -> bool:
 def _shown(value: Any) -> Any:
     """What jinja writes for a value: plain text is redacted here, before it is escaped."""
     if isinstance(value, str) and not isinstance(value, Markup):
-        return redacted(printable(value))
+        return shown(value)
     return value
 
 

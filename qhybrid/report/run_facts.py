@@ -314,15 +314,15 @@ def read_run(folder: Path) -> RunFacts:
             problems.append(f"{file.name} cannot be read: {text}.")
         return None
 
-    recipe_text = read(run.recipe_file, str) or ""
+    recipe_text = read(run.recipe_file, str)
     figures, versions = status.get("figures"), status.get("versions", {})
     return RunFacts(
         run=run,
         status=_state(status),
         figures=figures if isinstance(figures, dict) else {},
         versions={str(name): str(version) for name, version in versions.items()},
-        recipe=read(run.recipe_file, lambda text: parse_recipe(text, "recipe.yaml")[0]) if recipe_text else None,
-        recipe_text=recipe_text,
+        recipe=read(run.recipe_file, _recipe) if recipe_text is not None else None,
+        recipe_text=recipe_text or "",
         layout=read(run.layout_file, lambda text: Layout.from_json(text)),
         plan=read(run.plan_file, lambda text: PlanFacts.model_validate_json(text)),
         audit=read(run.audit_file, lambda text: AuditFacts.model_validate_json(text)),
@@ -354,6 +354,10 @@ def _no_run(folder: Path) -> RunFolderError:
         if below:
             hint = f"did you mean {below[0]}?"
     return RunFolderError(f"{folder} is not a run folder of qhybrid", hint=hint)
+
+
+def _recipe(text: str) -> Recipe:
+    return parse_recipe(text, "recipe.yaml")[0]
 
 
 def _state(status: Mapping[str, Any]) -> str:

@@ -12,14 +12,16 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
+from qhybrid.redaction import redacted
+
 Element = ElementTree.Element
 _MANY = 560  # units; a wider picture is not shrunk to a small screen, but scrolled
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
-def printable(text: str) -> str:
-    """`text` with what is no text (control characters, halves of surrogate pairs) replaced."""
-    return _UNPRINTABLE.sub("\ufffd", text)
+def shown(text: str) -> str:
+    """`text` as it may be shown: redacted, and without control characters and halves of surrogate pairs."""
+    return redacted(_UNPRINTABLE.sub("\ufffd", text))
 
 
 class Picture:
@@ -36,14 +38,14 @@ class Picture:
         if width > _MANY:
             css += " many"
         _set(self.root, {"viewBox": f"0 0 {_text(width)} {_text(height)}", "class": css})
-        _set(self.root, {"width": scale and round(scale * width), "role": "img", "aria_label": alt})
+        _set(self.root, {"width": scale and round(scale * width), "role": "img", "aria_label": shown(alt)})
 
     def add(self, tag: str, text: str | None = None, into: Element | None = None, **attributes: object) -> Element:
         """Append an element. Attributes: `css` is the class, underscores become hyphens, None is left out."""
         element = ElementTree.SubElement(self.root if into is None else into, tag)
         _set(element, {"class" if key == "css" else key: value for key, value in attributes.items()})
         if text is not None:
-            element.text = printable(text)
+            element.text = shown(text)
         return element
 
     def label(self, x: float, y: float, text: str, css: str = "", anchor: str | None = None) -> Element:
@@ -58,7 +60,7 @@ class Picture:
 def _set(element: Element, attributes: dict[str, object]) -> None:
     for name, value in attributes.items():
         if value is not None and value != "":
-            element.set(name.replace("_", "-"), printable(_text(value)))
+            element.set(name.replace("_", "-"), _text(value))
 
 
 def _text(value: object) -> str:
@@ -74,13 +76,14 @@ def path_of(points: Sequence[tuple[float, float]]) -> str:
 
 def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) from at most `low` to at least `high`."""
-    if not high > low:
+    if high - low <= 1e-9 * abs(low) or high - low < 1e-290:  # floats have no round numbers in between
         high = low + (abs(low) or 1.0)
     raw = (high - low) / max(1, most - 1)
-    power = 10.0 ** math.floor(math.log10(raw))
+    exponent = math.floor(math.log10(raw))
+    power = 10.0**exponent
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    return [round(number * step, 2 - exponent) for number in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

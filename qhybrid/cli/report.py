@@ -1,4 +1,4 @@
-"""`qhybrid report`: a run as one HTML file."""
+"""`qhybrid report`: a run or a sweep as one HTML file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MAX_NEW_TOKENS = 128
 
 
 @click.command("report")
-@click.argument("run", type=click.Path())
+@click.argument("run", metavar="RUN|SWEEP", type=click.Path())
 @click.option(
     "-o", "--output", type=click.Path(), metavar="FILE", help="Where to write it; RUN/report.html by default."
 )
@@ -22,12 +22,20 @@ _MAX_NEW_TOKENS = 128
 )  # fmt: skip
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Of each sample; 128 by default.")
 def command(run: str, output: str | None, samples: int | None, max_new_tokens: int | None) -> None:
-    """Draw RUN, a run folder, as one HTML file that needs nothing else: curves, ranks, spectra, memory, data.
+    """Draw a run or a sweep as one HTML file that needs nothing else.
 
-    Of a run that is going on, or ended badly, it shows what there is.
+    Of a run: curves, ranks, spectra, memory, data, answers; also while it is going on, or when it ended badly.
+    Of a sweep: its table, the arms beside the control, quality against memory and time, rank maps.
     """
     if max_new_tokens is not None and samples is None:
         raise click.UsageError("--max-new-tokens has no effect without --samples")
+    from qhybrid.report.sweep_report import is_sweep
+
+    if is_sweep(Path(run)):
+        if samples is not None:
+            raise click.UsageError("--samples is for runs: those of a sweep lie in its folder runs/")
+        _report_sweep(Path(run), output)
+        return
     from qhybrid.report.run_facts import require_run
     from qhybrid.report.samples import make_samples, require_adapter
     from qhybrid.report.write import require_place
@@ -52,7 +60,19 @@ def command(run: str, output: str | None, samples: int | None, max_new_tokens: i
         if samples is not None:
             make_samples(found, samples, max_new_tokens or _MAX_NEW_TOKENS, status.update)
         page = run_report(folder, status.update)
-    size = write_report(page, file)
+    _tell(file, write_report(page, file))
+
+
+def _report_sweep(folder: Path, output: str | None) -> None:
+    from qhybrid.report.sweep_report import sweep_report
+    from qhybrid.report.write import require_place, write_report
+
+    file = Path(output) if output is not None else folder / "report.html"
+    require_place(file)
+    _tell(file, write_report(sweep_report(folder), file))
+
+
+def _tell(file: Path, size: int) -> None:
     from qhybrid.units import format_bytes
 
     click.echo(f"report  {file} ({format_bytes(size)})")

@@ -1,1 +1,1 @@
-"""A run as one HTML file that needs nothing else to be read."""
+"""A run or a sweep as one HTML file that needs nothing else to be read."""

@@ -107,8 +107,5 @@ def layer_bars(
     for column, layer in list(enumerate(columns))[::every]:
         picture.label(left + (column + 0.5) * step, top + height + 15, str(layer), "tick", "middle")
     picture.label(left + len(columns) * step / 2, top + height + 33, "layer", "axis-label", "middle")
-    middle = top + height / 2
-    picture.add(
-        "text", y_label, css="axis-label", text_anchor="middle", transform=f"translate(12 {middle:g}) rotate(-90)"
-    )
+    picture.upright(12, top + height / 2, y_label)
     return picture.markup()

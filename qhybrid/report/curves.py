@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from qhybrid.report.colours import NUM_SERIES
 from qhybrid.report.line_chart import Line, Mark, Points, line_chart, smoothed
 from qhybrid.report.page import Figure, Legend, Section
-from qhybrid.report.run_facts import RunFacts, Step
+from qhybrid.report.records import Step
+from qhybrid.report.run_facts import RunFacts
 from qhybrid.units import format_count
 
 

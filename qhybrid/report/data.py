@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qhybrid.report.page import Block, Note, Section, Table
-from qhybrid.report.run_facts import AuditFacts, RunFacts, SourceFacts
+from qhybrid.report.records import AuditFacts, SourceFacts
+from qhybrid.report.run_facts import RunFacts
 from qhybrid.units import format_count
 
 _HEADER = (

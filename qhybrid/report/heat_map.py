@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -55,6 +55,20 @@ class Grid:
         shared = any(one[2] >= other[1] for one, other in itertools.pairwise(spans))
         targets = tuple(dict.fromkeys(row.target for row in layout))
         return cls(columns, targets, modules, () if shared else tuple(spans))
+
+    @classmethod
+    def of_places(cls, places: Iterable[tuple[int, str]]) -> Grid:
+        """The grid of modules that are known by layer and target; their names are those of `name_of`."""
+        found = list(places)
+        layers = sorted({layer for layer, _ in found})
+        columns = tuple(range(layers[-1] + 1)) if layers[-1] < _MOST_COLUMNS else tuple(layers)
+        modules = {name_of(layer, target): (columns.index(layer), target) for layer, target in found}
+        return cls(columns, tuple(dict.fromkeys(target for _, target in found)), modules, ())
+
+
+def name_of(layer: int, target: str) -> str:
+    """A name for a module of which only the place is known."""
+    return f"layer {layer} {target}"
 
 
 @dataclass(frozen=True)
@@ -145,7 +159,8 @@ def small_map(grid: Grid, values: Mapping[str, float], shades: Shades, *, alt: s
     for module, (column, target) in grid.modules.items():
         if module in values:
             side = {"width": _SMALL - 0.5, "height": _SMALL - 0.5, "fill": shades.colour(values[module])}
-            picture.add("rect", x=column * _SMALL, y=grid.targets.index(target) * _SMALL, **side)
+            cell = picture.add("rect", x=column * _SMALL, y=grid.targets.index(target) * _SMALL, **side)
+            picture.add("title", f"{module}: {tick_text(values[module])}", into=cell)
     return picture.markup()
 
 

@@ -9,7 +9,8 @@ from qhybrid.report.curves import legend_of
 from qhybrid.report.heat_map import Grid, Shades, heat_map
 from qhybrid.report.line_chart import Line, line_chart
 from qhybrid.report.page import Figure, Section
-from qhybrid.report.run_facts import Importance, RunFacts
+from qhybrid.report.records import Importance
+from qhybrid.report.run_facts import RunFacts
 from qhybrid.report.spectra import short
 from qhybrid.units import format_count
 

@@ -11,13 +11,11 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from qhybrid.report.svg import Picture, linear_ticks, log_ticks, path_of, tick_text
+from qhybrid.report.axes import Axes, Axis, Size
+from qhybrid.report.svg import Picture, path_of, tick_text
 
-_WIDTH, _HEIGHT = 460.0, 270.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 12.0, 14.0, 40.0
 _MOST_POINTS = 900  # of a line; beyond that the extremes of each stretch are drawn
 _MOST_TOLD = 150  # points with their values on hover
-_FAR_APART = 20  # positive values whose extremes differ by more get a logarithmic axis
 
 Points = Sequence[tuple[float, float]]
 
@@ -56,83 +54,42 @@ def line_chart(
     zero: bool = False,
     marks: Sequence[Mark] = (),
     y_text: Callable[[float], str] = tick_text,
-    integers: bool = True,
 ) -> Markup:
-    """Draw lines into one picture.
+    """Draw lines over whole numbers, such as steps, into one picture.
 
     Args:
         log: a logarithmic y axis; None where the values are positive and far apart.
         zero: begin the y axis at 0.
         y_text: how a value is written.
-        integers: x has whole numbers only.
     """
-    values = [y for line in lines for _, y in line.points if math.isfinite(y)]
-    values += [y for line in lines for _, *pair in line.around for y in pair if math.isfinite(y)]
-    xs = [x for line in lines for x, _ in line.points] or [0.0, 1.0]
-    values = values or [0.0, 1.0]
-    if log is None:
-        log = is_far_apart(values)
-    if log:
-        values = [y for y in values if y > 0] or [1.0]
-        y_label += " (logarithmic)"
-    y_ticks = (
-        log_ticks(min(values), max(values)) if log else linear_ticks(min([*values, *[0] * zero]), max(values))
-    )
-    x_ticks = [t for t in linear_ticks(min(xs), max(xs), 7) if min(xs) <= t <= max(xs)]
-    if integers:
-        x_ticks = [t for t in x_ticks if t == int(t)]
-    place = _Scale(min(xs), max(xs), y_ticks[0], y_ticks[-1], log)
-    picture = Picture(_WIDTH, _HEIGHT, alt, "chart")
-    for tick in y_ticks:
-        y = place.y(tick)
-        picture.add("line", css="grid", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y)
-        picture.label(_LEFT - 7, y + 4, y_text(tick), "tick", "end")
-    for tick in x_ticks:
-        picture.label(place.x(tick), _HEIGHT - _BOTTOM + 16, tick_text(tick), "tick", "middle")
-    picture.add("line", css="axis", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=_HEIGHT - _BOTTOM, y2=_HEIGHT - _BOTTOM)
-    picture.label((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, x_label, "axis-label", "middle")
-    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
-    picture.add(
-        "text", y_label, css="axis-label", text_anchor="middle", transform=f"translate(12 {middle:g}) rotate(-90)"
-    )
+    size = Size()
+    xs = [x for line in lines for x, _ in line.points]
+    x_axis = Axis.between(xs, x_label, most=size.x_ticks, integers=True)
+    y_axis = Axis.around(values_of(lines, zero=zero), y_label, log=log, most=size.y_ticks, text=y_text)
+    return draw_lines(lines, Axes(x_axis, y_axis, size), alt=alt, marks=marks)
+
+
+def values_of(lines: Sequence[Line], *, zero: bool = False) -> list[float]:
+    """All finite values of some lines and of the bands around them; and 0, if it is asked for."""
+    values = [y for line in lines for _, y in line.points]
+    values += [y for line in lines for _, *pair in line.around for y in pair]
+    return [value for value in values if math.isfinite(value)] + [0.0] * zero
+
+
+def draw_lines(lines: Sequence[Line], axes: Axes, *, alt: str, marks: Sequence[Mark] = ()) -> Markup:
+    """Draw lines between axes that are given."""
+    picture, size = axes.picture(alt), axes.size
     for mark in marks:
-        x = place.x(mark.x)
-        picture.add("line", css="mark", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM)
-        late = x > (_LEFT + _WIDTH) / 2
-        picture.label(x - 4 if late else x + 4, _TOP + 9, mark.text, "tick", "end" if late else None)
+        x = axes.x(mark.x)
+        picture.add("line", css="mark", x1=x, x2=x, y1=size.top, y2=size.height - size.bottom)
+        late = x > (size.left + size.width) / 2
+        picture.label(x - 4 if late else x + 4, size.top + 9, mark.text, "tick", "end" if late else None)
     for line in lines:
-        _draw(picture, line, place, y_text)
+        _draw(picture, line, axes)
     return picture.markup()
 
 
-def is_far_apart(values: Sequence[float]) -> bool:
-    """Whether values are positive and differ so much that the small ones need a logarithmic axis."""
-    return bool(values) and min(values) > 0 and max(values) / min(values) > _FAR_APART
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """From values to places in the picture."""
-
-    x_low: float
-    x_high: float
-    y_low: float
-    y_high: float
-    log: bool
-
-    def x(self, value: float) -> float:
-        share = (value - self.x_low) / ((self.x_high - self.x_low) or 1.0)
-        return _LEFT + share * (_WIDTH - _RIGHT - _LEFT)
-
-    def y(self, value: float) -> float:
-        low, high = self.y_low, self.y_high
-        if self.log:
-            low, high, value = math.log(low), math.log(high), math.log(max(value, low))
-        share = (value - low) / ((high - low) or 1.0)
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _BOTTOM - _TOP)
-
-
-def _draw(picture: Picture, line: Line, place: _Scale, y_text: Callable[[float], str]) -> None:
+def _draw(picture: Picture, line: Line, place: Axes) -> None:
     colour = f"c{line.colour}"
     if line.around:
         low = [(place.x(x), place.y(bottom)) for x, bottom, _ in line.around]
@@ -152,7 +109,7 @@ def _draw(picture: Picture, line: Line, place: _Scale, y_text: Callable[[float],
     for x, y in told:
         css = f"dot {colour}" if line.style == "dots" else "hit"
         dot = picture.add("circle", css=css, cx=place.x(x), cy=place.y(y), r=4.0 if line.style == "dots" else 6.0)
-        picture.add("title", f"{line.name}, {tick_text(x)}: {y_text(y)}", into=dot)
+        picture.add("title", f"{line.name}, {tick_text(x)}: {place.y_axis.text(y)}", into=dot)
 
 
 def _pieces(points: Points) -> Iterator[list[tuple[float, float]]]:

@@ -8,7 +8,8 @@ from qhybrid.report.bars import Bar, bars
 from qhybrid.report.curves import legend_of, resume_marks
 from qhybrid.report.line_chart import Line, line_chart
 from qhybrid.report.page import Block, Figure, Legend, Section, Table
-from qhybrid.report.run_facts import PlanFacts, RunFacts
+from qhybrid.report.records import PlanFacts
+from qhybrid.report.run_facts import RunFacts
 from qhybrid.units import format_bytes
 
 _MOST_PARTS = 7  # in colours of their own; what is left is one part

@@ -68,6 +68,7 @@ class Table:
     left: int = 1
     caption: str = ""
     wide: bool = True
+    folded: bool = False
     kind: str = "table"
 
 

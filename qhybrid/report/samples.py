@@ -17,7 +17,8 @@ from qhybrid.disk import write_atomically
 from qhybrid.errors import DataError, RunFolderError
 from qhybrid.recipe.load import parse_recipe
 from qhybrid.report.page import Answers, Block, Note, Section
-from qhybrid.report.run_facts import Record, RunFacts
+from qhybrid.report.records import Record
+from qhybrid.report.run_facts import RunFacts
 from qhybrid.training.run import Run
 
 _FORMAT_VERSION = 1

@@ -13,7 +13,8 @@ from qhybrid.report.heat_map import Grid, Shades, heat_map
 from qhybrid.report.line_chart import Line, line_chart
 from qhybrid.report.page import Block, Figure, Note, Section
 from qhybrid.report.ranks import KINDS
-from qhybrid.report.run_facts import ModuleSpectrum, RunFacts, number
+from qhybrid.report.records import ModuleSpectrum
+from qhybrid.report.run_facts import RunFacts, number
 from qhybrid.units import format_count
 
 

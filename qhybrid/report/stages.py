@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from qhybrid.report.line_chart import Line, Mark, line_chart
 from qhybrid.report.page import Block, Figure, Section, Table
-from qhybrid.report.run_facts import RunFacts, StageChange
+from qhybrid.report.records import StageChange
+from qhybrid.report.run_facts import RunFacts
 from qhybrid.units import format_count
 
 _MOST_MARKS = 4

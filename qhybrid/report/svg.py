@@ -52,6 +52,11 @@ class Picture:
         """Text at a place; anchor is start, middle or end."""
         return self.add("text", text, x=x, y=y, css=css, text_anchor=anchor)
 
+    def upright(self, x: float, y: float, text: str) -> Element:
+        """The name of a vertical axis, read from below, with its middle at a place."""
+        turned = f"translate({_text(float(x))} {_text(float(y))}) rotate(-90)"
+        return self.add("text", text, css="axis-label", text_anchor="middle", transform=turned)
+
     def markup(self) -> Markup:
         """The picture, ready to be put into a page."""
         return Markup(ElementTree.tostring(self.root, encoding="unicode", short_empty_elements=False))
@@ -77,7 +82,7 @@ def path_of(points: Sequence[tuple[float, float]]) -> str:
 def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) from at most `low` to at least `high`."""
     if high - low <= 1e-9 * abs(low) or high - low < 1e-290:  # floats have no round numbers in between
-        high = low + (abs(low) or 1.0)
+        high = low + (abs(low) if abs(low) > 1e-280 else 1.0)
     raw = (high - low) / max(1, most - 1)
     exponent = math.floor(math.log10(raw))
     power = 10.0**exponent

@@ -13,10 +13,11 @@ from helpers import tiny_layout
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qhybrid.report.axes import is_far_apart
 from qhybrid.report.bars import Bar, bars, layer_bars
 from qhybrid.report.colours import CIVIDIS, VIRIDIS, colour_of, is_dark
 from qhybrid.report.heat_map import Grid, Shades, heat_map, small_map
-from qhybrid.report.line_chart import Line, Mark, is_far_apart, line_chart, smoothed, thinned
+from qhybrid.report.line_chart import Line, Mark, line_chart, smoothed, thinned
 from qhybrid.report.svg import linear_ticks, log_ticks, tick_text
 
 finite = st.floats(-1e12, 1e12, allow_nan=False)

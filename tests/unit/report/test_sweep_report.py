@@ -1,4 +1,4 @@
-"""The report of a sweep: its numbers are those of results.json, and nothing is claimed that intervals do not carry."""
+"""The report of a sweep: its numbers are those of results.json, and it claims what the intervals carry."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Size:
     width: float = 460.0
     height: float = 270.0
     left: float = 56.0
-    right: float = 12.0
+    right: float = 18.0
     top: float = 14.0
     bottom: float = 40.0
     x_ticks: int = 7

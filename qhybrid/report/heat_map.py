@@ -155,7 +155,8 @@ def heat_map(
 
 def small_map(grid: Grid, values: Mapping[str, float], shades: Shades, *, alt: str) -> Markup:
     """A map without names and numbers, for comparing many of them."""
-    picture = Picture(len(grid.columns) * _SMALL, len(grid.targets) * _SMALL, alt, "small-map")
+    width = len(grid.columns) * _SMALL
+    picture = Picture(width, len(grid.targets) * _SMALL, alt, "small-map", scale=min(4.0, 280 / width))
     for module, (column, target) in grid.modules.items():
         if module in values:
             side = {"width": _SMALL - 0.5, "height": _SMALL - 0.5, "fill": shades.colour(values[module])}

@@ -9,7 +9,7 @@ from typing import Any
 
 from qhybrid.report.page import Card, Folded, Note, Section
 from qhybrid.report.ranks import moments
-from qhybrid.report.run_facts import RunFacts, number
+from qhybrid.report.run_facts import TASKS, RunFacts, number
 from qhybrid.units import format_bytes, format_count, format_duration
 
 _BADGES = {
@@ -35,7 +35,8 @@ def lead(facts: RunFacts) -> str:
         held = "held in 4-bit NF4" if facts.recipe.quantization.method == "nf4" else "unquantised"
         words.append(f"{model_name(facts.recipe.model.path)}, {held}, fine-tuned")
     else:
-        words.append("A model, fine-tuned")
+        model = model_name(facts.plan.model) if facts.plan else ""
+        words.append(f"{model or 'A model'}, fine-tuned")
     if facts.audit is not None:
         words.append(f"on {format_count(facts.audit.totals.get('train_rows', 0))} rows")
     words.append(f"for {_steps(facts)}")
@@ -105,6 +106,11 @@ def notes(facts: RunFacts) -> list[Note]:
         )
     elif facts.status == "running":
         found.append(Note("The run is going on; this is how far it was when the report was made.", "warning"))
+    if facts.tasks:
+        folder = facts.run.folder / TASKS / facts.tasks[0]
+        names = ", ".join(facts.tasks)
+        how = f"each has a report: `qhybrid report {folder}`"
+        found.append(Note(f"The run trained an adapter for each of {names}; {how}."))
     found += [Note(text, tone) for text, tone in _happenings(facts)]
     found += [Note(problem, "warning") for problem in facts.problems]
     return found

@@ -95,6 +95,7 @@ class StageChange(Record):
 class PlanFacts(Record):
     """plan.json, as `planner.plan` writes it; sizes in bytes."""
 
+    model: str = ""
     device: str
     needed_bytes: int
     allocated_bytes: int

@@ -28,6 +28,7 @@ from qhybrid.report.records import (
 from qhybrid.training.events import iterate_events
 from qhybrid.training.run import Run, is_alive
 
+TASKS = "tasks"  # the folder of the runs of the tasks, in the run of all of them
 _T = TypeVar("_T")
 
 
@@ -120,6 +121,7 @@ class RunFacts:
     Attributes:
         status: finished, failed, interrupted, running, or "killed": running by run.json, but by no process.
         figures: of the end of a finished run.
+        tasks: the names of the runs below it, for a run of several tasks.
     """
 
     run: Run
@@ -132,6 +134,7 @@ class RunFacts:
     plan: PlanFacts | None
     audit: AuditFacts | None
     events: EventFacts
+    tasks: tuple[str, ...]
     problems: tuple[str, ...]
 
     @property
@@ -173,19 +176,21 @@ def read_run(folder: Path) -> RunFacts:
     """
     run = require_run(folder)
     status = run.status or {}
+    tasks = tuple(sorted(file.parent.name for file in folder.glob(f"{TASKS}/*/run.json")))
     problems: list[str] = []
 
     def read(file: Path, parse: Callable[[str], _T]) -> _T | None:
         try:
             return parse(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            problems.append(f"{file.name} is not there.")
+            if not tasks:  # each has its own
+                problems.append(f"{file.name} is not there.")
         except OSError as error:
             problems.append(f"{file.name} cannot be read: {error.strerror}.")
         except ValidationError as error:
             problems.append(f"{file.name} is not as qhybrid writes it: {first_fault(error)}.")
         except (QhybridError, ValueError, RecursionError) as error:
-            text = error.message if isinstance(error, QhybridError) else str(error)
+            text = (error.message if isinstance(error, QhybridError) else str(error)).splitlines()[0]
             problems.append(f"{file.name} cannot be read: {text}.")
         return None
 
@@ -202,6 +207,7 @@ def read_run(folder: Path) -> RunFacts:
         plan=read(run.plan_file, lambda text: PlanFacts.model_validate_json(text)),
         audit=read(run.audit_file, lambda text: AuditFacts.model_validate_json(text)),
         events=_read_events(run.events_file, problems),
+        tasks=tasks,
         problems=tuple(problems),
     )
 

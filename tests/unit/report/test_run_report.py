@@ -311,6 +311,17 @@ def test_a_folder_with_hardly_anything(tmp_path):
         assert name in page
 
 
+def test_a_run_of_several_tasks_names_them(tmp_path):
+    nothing = dict.fromkeys(("layout", "audit"))
+    run = write_run(tmp_path / "run", **nothing, plan=plan_of(tiny_layout()), events=[])
+    for name in ("b", "a"):
+        write_run(run / "tasks" / name)
+    text = PageText(run_report(run)).text
+    assert f"for each of a, b; each has a report: qhybrid report {run / 'tasks' / 'a'} ." in text
+    assert "is not there" not in text
+    assert "mean of 5 steps" in PageText(run_report(run / "tasks" / "a")).text
+
+
 def test_what_happened_is_told(tmp_path):
     log = events_of_a_run(tiny_layout())
     spikes = [{"event": "loss_spike", "step": s, "loss": 9.0, "rows": [f"a.jsonl {n}" for n in range(20)]}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,7 +183,7 @@ def read_run(folder: Path) -> RunFacts:
 
     def read(file: Path, parse: Callable[[str], _T]) -> _T | None:
         try:
-            return parse(file.read_text(encoding="utf-8"))
+            return parse(read_plain_text(file))
         except FileNotFoundError:
             if not tasks:  # each has its own
                 problems.append(f"{file.name} is not there.")
@@ -210,6 +212,26 @@ def read_run(folder: Path) -> RunFacts:
         tasks=tasks,
         problems=tuple(problems),
     )
+
+
+def read_plain_text(file: Path) -> str:
+    """The text of a file of a run folder, which others may have filled: links and pipes are not followed.
+
+    Raises:
+        OSError: it is not there, no plain file, or cannot be read. ValueError: it is not text.
+    """
+    require_plain(file)
+    return file.read_text(encoding="utf-8")
+
+
+def require_plain(file: Path) -> None:
+    """Refuse a link, which could lead to any file of the reader's, and what is no file.
+
+    Raises:
+        OSError: with what it is.
+    """
+    if not stat.S_ISREG(file.lstat().st_mode):
+        raise OSError(errno.EINVAL, "it is no plain file", str(file))
 
 
 def require_run(folder: Path) -> Run:
@@ -249,6 +271,7 @@ def _state(status: Mapping[str, Any]) -> str:
 def _read_events(file: Path, problems: list[str]) -> EventFacts:
     facts = EventFacts()
     try:
+        require_plain(file)
         for record in iterate_events(file):
             try:
                 facts.add(record)

@@ -10,9 +10,10 @@ from qhybrid.report import overview
 from qhybrid.report.curves import curves
 from qhybrid.report.data import data_section
 from qhybrid.report.importance import importance_section
+from qhybrid.report.layout import layout_section
 from qhybrid.report.memory import memory_section
 from qhybrid.report.page import Page, render
-from qhybrid.report.ranks import layout_section, rank_section
+from qhybrid.report.ranks import rank_section
 from qhybrid.report.run_facts import read_run
 from qhybrid.report.samples import samples_section
 from qhybrid.report.spectra import measure, spectra_section

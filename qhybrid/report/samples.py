@@ -18,7 +18,7 @@ from qhybrid.errors import DataError, RunFolderError
 from qhybrid.recipe.load import parse_recipe
 from qhybrid.report.page import Answers, Block, Note, Section
 from qhybrid.report.records import Record
-from qhybrid.report.run_facts import RunFacts
+from qhybrid.report.run_facts import RunFacts, read_plain_text
 from qhybrid.training.run import Run
 
 _FORMAT_VERSION = 1
@@ -174,7 +174,7 @@ def samples_section(facts: RunFacts) -> Section:
 def _read(run: Run) -> tuple[Samples | None, str | None]:
     """samples.json, and what is wrong with it."""
     try:
-        samples = Samples.model_validate_json(run.samples_file.read_text(encoding="utf-8"))
+        samples = Samples.model_validate_json(read_plain_text(run.samples_file))
         if samples.adapter_sha256 != _sha256(run):
             return None, "samples.json belongs to an earlier adapter, and is left out."
         return samples, None

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from qhybrid.report.colours import CIVIDIS, NUM_SERIES
 from qhybrid.report.curves import legend_of
 from qhybrid.report.heat_map import Grid, Shades, heat_map
+from qhybrid.report.layout import KINDS
 from qhybrid.report.line_chart import Line, line_chart
 from qhybrid.report.page import Block, Figure, Note, Section
-from qhybrid.report.ranks import KINDS
 from qhybrid.report.records import ModuleSpectrum
 from qhybrid.report.run_facts import RunFacts, number
 from qhybrid.units import format_count

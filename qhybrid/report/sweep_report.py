@@ -24,7 +24,9 @@ from qhybrid.units import format_bytes, format_count, format_duration
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a sweep was begun or ended in a folder."""
+    """Whether a sweep, and no run, was begun or ended in a folder."""
+    if (folder / "run.json").is_file():
+        return False
     return (folder / RESULTS).is_file() or (folder / "sweep.json").is_file()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -280,6 +281,21 @@ def test_secrets_and_home_folders_are_not_shown(tmp_path, monkeypatch):
     for word in ("very&", "secret&lt;", "secret<", "/home/someone", "hf_abc"):
         assert word not in page
     assert "~/x" in PageText(page).text
+
+
+def test_links_and_pipes_in_a_run_are_not_followed(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("private: words\n")
+    run = write_run(tmp_path / "run")
+    write_samples(run, sample())
+    for name in ("recipe.yaml", "samples.json", "layout.json"):
+        (run / name).unlink()
+        (run / name).symlink_to(mine)
+    for name in ("plan.json", "events.jsonl"):
+        (run / name).unlink()
+        os.mkfifo(run / name)
+    page = run_report(run)
+    assert "private" not in page and page.count("it is no plain file") == 5
 
 
 @pytest.mark.parametrize(

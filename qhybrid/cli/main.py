@@ -22,6 +22,7 @@ _COMMANDS = {
     "generate": ("qhybrid.cli.generate", "Let a model or an adapter answer."),
     "serve": ("qhybrid.cli.serve", "Serve a model and many adapters by the OpenAI protocol."),
     "inspect": ("qhybrid.cli.inspect", "Ranks, norms and spectra of an adapter."),
+    "report": ("qhybrid.cli.report", "A run or a sweep as one HTML file, with pictures."),
     "merge": ("qhybrid.cli.merge", "Several adapters into one."),
     "compress": ("qhybrid.cli.compress", "An adapter at lower rank, with the error."),
     "export": ("qhybrid.cli.export", "An adapter for peft, vLLM or llama.cpp, in INT8, or merged into the model."),
@@ -47,6 +48,8 @@ _MEANT = {
     "svd": "compress",
     "sweep": "ranks sweep",
     "show": "inspect",
+    "plot": "report",
+    "html": "report",
 }
 
 

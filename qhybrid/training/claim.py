@@ -11,19 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from qhybrid.errors import RunFolderError
 from qhybrid.recipe.load import parse_recipe
 from qhybrid.recipe.schema import Recipe
 from qhybrid.redaction import redacted_values
 from qhybrid.training.checkpoint import choose, remove_leftovers
 from qhybrid.training.events import read_events
-from qhybrid.training.run import STATE, Run
+from qhybrid.training.run import STATE, Run, is_alive
 
 _LEFT_BY_A_RUN = (
     "adapter", ".adapter.partial", "checkpoints", "events.jsonl", "audit.json", "layout.json", "plan.json",
-    "tensorboard", "recipe.yaml", "run.json", "base.json", "deepspeed.json",
+    "tensorboard", "recipe.yaml", "run.json", "base.json", "deepspeed.json", "report.html", "samples.json",
 )  # fmt: skip
 _REPLACED = ".replaced"  # an earlier run, until its successor has taken a step
 
@@ -159,7 +157,7 @@ def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
             f"output_dir {run.folder} holds files that are not from a run of qhybrid",
             hint="choose another output_dir; nothing was changed",
         )
-    if status["status"] == "running" and _is_alive(status.get("process", {})):
+    if status["status"] == "running" and is_alive(status.get("process", {})):
         raise _going_on(run.folder, f"process {status['process']['pid']}")
     if overwrite or (status["status"] != "finished" and not _has_trained(run)):
         return
@@ -175,17 +173,6 @@ def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
             hint="start a new run in another output_dir",
         )
     _same_recipe(run, recipe)
-
-
-def _is_alive(process: dict[str, Any]) -> bool:
-    """Whether the process that wrote run.json still runs; the start time tells it from a reused number."""
-    try:
-        other = psutil.Process(process["pid"])
-        if other.status() == psutil.STATUS_ZOMBIE:  # killed, and not yet collected by its parent
-            return False
-        return other.pid != os.getpid() and abs(other.create_time() - process["started"]) < 1
-    except (psutil.Error, KeyError, TypeError):
-        return False
 
 
 def _has_trained(run: Run) -> bool:

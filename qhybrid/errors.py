@@ -70,6 +70,10 @@ class RunFolderError(QhybridError):
     """The output folder holds something that must not be overwritten, or nothing to resume from."""
 
 
+class SweepError(QhybridError):
+    """A sweep cannot be made as asked, or its folder is of another one."""
+
+
 class TrainingError(QhybridError):
     """A run that started correctly had to stop."""
 

@@ -30,6 +30,22 @@ def parse_bytes(text: str) -> int:
     return int(amount * _BYTE_UNITS[unit])
 
 
+def parse_count(text: str) -> int:
+    """Return the number that `text` ("20M", "1.5 B", "300k", "39_976_960") stands for; k, M and B are decimal.
+
+    Raises:
+        ValueError: not such a text, or not a whole number above zero.
+    """
+    match = re.fullmatch(r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kKmMbBgG]?)\s*", text)
+    if match is None or len(text) > 40:
+        raise ValueError(f"{text[:40]!r} is not a count; write for example 20M")
+    factor = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[match[2].lower()]
+    number = float(match[1].replace("_", "").replace(",", "")) * factor
+    if number < 1 or number != int(number):
+        raise ValueError(f"{text!r} is not a whole number above zero")
+    return int(number)
+
+
 def format_bytes(num_bytes: float) -> str:
     """`num_bytes` with a binary unit and two decimals: 3341000000 becomes "3.11 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):

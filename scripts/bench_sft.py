@@ -109,7 +109,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict:
     uniform = [f"adapters=[{{layers: all, rank: {RANK}, alpha: {ALPHA}}}]"] if kind != "bands" else []
     recipe = load_recipe("demo", [f"model.path={options.model}", *uniform]).recipe
     folder = model_folder(recipe.model)
-    layout = build_layout(recipe.adapters, read_spec(folder))
+    layout = build_layout(recipe, read_spec(folder))
     model = load_base(recipe.model, recipe.quantization)  # the same weights for both sides
     keep_exact_on_cpu(model)
     vocabulary = model.config.vocab_size

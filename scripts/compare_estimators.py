@@ -100,7 +100,7 @@ def case(name: str, model: str, bands: list[dict], batch: int, length: int, **tr
             }
         )
     )
-    return Case(name, entry, spec, recipe, build_layout(recipe.adapters, spec))
+    return Case(name, entry, spec, recipe, build_layout(recipe, spec))
 
 
 def cases() -> list[Case]:

@@ -233,7 +233,7 @@ def train(case: Case, device: str, meter: CudaMeter | CpuMeter, watch: _Watch) -
         changes |= {"pad_to_multiple_of": length, "max_length": length - PADDING}
     recipe = shortened(case.recipe)
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)})
-    layout = build_layout(recipe.adapters, spec_from_config(case.config))
+    layout = build_layout(recipe, spec_from_config(case.config))
     set_seed(0)
     model = random_base(recipe, case.config, device)
     model = attach(model, layout, dtype=getattr(torch, recipe.model.resolved_adapter_dtype))

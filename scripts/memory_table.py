@@ -141,7 +141,7 @@ def compare(shape: str, name: str, recipe: Recipe) -> Line:
     assert entry is not None
     spec = spec_from_config(entry.config)
     began = time.perf_counter()
-    layout = build_layout(recipe.adapters, spec)
+    layout = build_layout(recipe, spec)
     closed = predict(recipe, spec, layout)
     between = time.perf_counter()
     padded = how_it_runs(recipe, spec, "cuda").masked

@@ -86,7 +86,7 @@ def plan_schedules(bands: tuple[BandSection, ...], layout: Layout, total_steps: 
     """
     return {
         band.band: BudgetSchedule.plan(
-            band.schedule,
+            band.adalora_settings,
             band=band.band,
             total_steps=total_steps,
             init_budget=sum(row.rank for row in layout.of_band(band.band)),

@@ -1,29 +1,40 @@
-"""From a recipe's bands and a ModelSpec to the Layout: which module gets which adapter."""
+"""From a recipe's bands and a ModelSpec to the Layout: which module gets which adapter, and of which rank."""
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import math
 import re
+from dataclasses import dataclass, replace
 
 from qhybrid.architecture.layout import Layout, LayoutRow
+from qhybrid.architecture.schedules import Place, scheduled_ranks
 from qhybrid.architecture.spec import Linear, ModelSpec
 from qhybrid.errors import LayoutError
 from qhybrid.recipe.band import BandSection
+from qhybrid.recipe.ranks import BudgetSection, ScheduleSection
+from qhybrid.recipe.schema import Recipe
 
 _THIRDS = {"bottom": (0, 1), "middle": (1, 2), "top": (2, 3)}
 
 
-def build_layout(bands: tuple[BandSection, ...], spec: ModelSpec) -> Layout:
+_UNIFORM = ScheduleSection(name="uniform")
+
+
+def build_layout(recipe: Recipe, spec: ModelSpec) -> Layout:
     """Give every module that a band names its adapter.
 
+    Where data decides the ranks (`recipe.ranks`), this is the layout that they are planned with: uniform, at the
+    same budget.
+
     Raises:
-        LayoutError: a layer out of range, an empty band, a pattern that matches nothing, or two bands that
-            claim the same module.
+        LayoutError: a layer out of range, an empty band, a pattern that matches nothing, two bands that claim the
+            same module, or a budget below the lowest ranks.
     """
     owner: dict[str, str] = {}
-    rows: list[LayoutRow] = []
-    for band in bands:
+    members: list[_Member] = []
+    for band in recipe.adapters:
         layers = parse_layers(band.layers, spec.num_layers, band.band)
         linears = match_targets(band, spec)
         for layer in layers:
@@ -35,10 +46,70 @@ def build_layout(bands: tuple[BandSection, ...], spec: ModelSpec) -> Layout:
                         hint="a module belongs to one band: make the layers or the target_modules disjoint",
                     )
                 owner[module] = band.band
-                rows.append(_row(band, spec, layer, linear))
+                members.append(_Member(band, layer, linear))
     order = {linear.name: index for index, linear in enumerate(spec.linears)}
-    rows.sort(key=lambda row: (row.layer, order[row.module.split(".", 3)[3]]))
-    return Layout(tuple(rows))
+    members.sort(key=lambda member: (member.layer, order[member.linear.name]))
+    ranks = _ranks(recipe, members)
+    init = recipe.ranks.method if recipe.ranks and recipe.ranks.initialise else None
+    return Layout(tuple(_row(member, spec, ranks[index], init) for index, member in enumerate(members)))
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A linear of a layer, and the band that has it."""
+
+    band: BandSection
+    layer: int
+    linear: Linear
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one rank."""
+        return self.linear.in_features + self.linear.out_features
+
+    def place(self, limits: BudgetSection) -> Place:
+        """As what a schedule reckons with."""
+        highest = largest_rank(self.band, self.linear)
+        if limits.max_rank is not None:
+            highest = min(highest, limits.max_rank)
+        lowest = limits.min_rank or 1
+        if lowest > highest:
+            raise LayoutError(f"min_rank {lowest} is above {highest}, the largest rank of {self.linear.target}")
+        return Place(self.layer, self.linear.target, self.cost, lowest, highest)
+
+
+def _ranks(recipe: Recipe, members: list[_Member]) -> list[int]:
+    """The rank of every member; AdaLoRA's at the end."""
+    whole = recipe.schedule or recipe.ranks
+    if whole is not None:
+        schedule = recipe.schedule or (_UNIFORM if recipe.rank_budget is not None else None)
+        if schedule is None:
+            return [member.band.rank for member in members]
+        return _scheduled(schedule, whole, members, recipe.rank_budget)
+    ranks = [member.band.rank for member in members]
+    for band in recipe.adapters:
+        if band.schedule is not None:
+            own = [index for index, member in enumerate(members) if member.band is band]
+            found = _scheduled(band.schedule, band.schedule, [members[index] for index in own], None)
+            for index, rank in zip(own, found, strict=True):
+                ranks[index] = rank
+    return ranks
+
+
+def _scheduled(
+    schedule: ScheduleSection, limits: BudgetSection, members: list[_Member], budget: int | None
+) -> list[int]:
+    if budget is None:
+        budget = sum(member.band.rank * member.cost for member in members)
+    return scheduled_ranks(schedule, [member.place(limits) for member in members], budget)
+
+
+def largest_rank(band: BandSection, linear: Linear) -> int:
+    """The largest rank whose matrices are no larger than the weight; AdaLoRA's at the end."""
+    side = min(linear.in_features, linear.out_features)
+    if band.kind != "adalora":
+        return side
+    return max(1, bisect.bisect_right(range(1, side + 1), side, key=band.init_rank_of))
 
 
 def parse_layers(text: str, num_layers: int, band: str) -> tuple[int, ...]:
@@ -130,8 +201,9 @@ def _matches(target: str, linear: Linear) -> bool:
     return target in (linear.name, linear.target)
 
 
-def _row(band: BandSection, spec: ModelSpec, layer: int, linear: Linear) -> LayoutRow:
-    rank, alpha = band.init_rank, band.resolved_alpha
+def _row(member: _Member, spec: ModelSpec, target_rank: int, init: str | None) -> LayoutRow:
+    band, layer, linear = member.band, member.layer, member.linear
+    rank, alpha = band.init_rank_of(target_rank), band.alpha_of(target_rank)
     largest = min(linear.in_features, linear.out_features)
     if rank > largest:
         raise LayoutError(
@@ -148,13 +220,19 @@ def _row(band: BandSection, spec: ModelSpec, layer: int, linear: Linear) -> Layo
         band=band.band,
         kind=band.kind,
         rank=rank,
-        target_rank=band.rank,
+        target_rank=target_rank,
         alpha=alpha,
         scaling=scaling(band.kind, alpha, rank),
         dropout=band.dropout,
-        init="adalora" if band.kind == "adalora" else band.init or "kaiming",
+        init="adalora" if band.kind == "adalora" else init or band.init or "kaiming",
         loraplus_lr_ratio=band.loraplus_lr_ratio,
     )
+
+
+def with_rank(row: LayoutRow, band: BandSection, rank: int) -> LayoutRow:
+    """The row of a module with another rank, at the alpha that its band gives that rank."""
+    alpha = band.alpha_of(rank)
+    return replace(row, rank=rank, target_rank=rank, alpha=alpha, scaling=scaling(row.kind, alpha, rank))
 
 
 def scaling(kind: str, alpha: float, rank: int) -> float:

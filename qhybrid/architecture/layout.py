@@ -109,7 +109,33 @@ class Layout:
             raise LayoutError(f"not a layout: {error}", where=where) from None
 
     def to_text(self) -> str:
-        """The layout as a table: runs of layers that have the same adapter share a line."""
+        """The layout as a table; where ranks differ inside a band, as a grid of them."""
+        for band in self.bands:
+            if len({row.target_rank for row in self.of_band(band)}) > 1:
+                return "\n".join([*self._grid(), *self._sums()])
+        return "\n".join([*self._runs(), *self._sums()])
+
+    def _grid(self) -> list[str]:
+        """The rank of every module: a line for each layer, a column for each module type."""
+        targets = list(dict.fromkeys(row.target for row in self.rows))
+        ranks = {(row.layer, row.target): _rank_text(row) for row in self.rows}
+        bands: dict[int, str] = {}
+        for row in self.rows:
+            bands[row.layer] = row.band if bands.get(row.layer, row.band) == row.band else "several"
+        lines = [["layer", "band", *(target.removesuffix("_proj") for target in targets)]]
+        for layer, band in bands.items():
+            lines.append([str(layer), band, *(ranks.get((layer, target), "-") for target in targets)])
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        return [
+            "  ".join(
+                cell.ljust(w) if i < 2 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        ]
+
+    def _runs(self) -> list[str]:
+        """A line for each run of layers that have the same adapter."""
         header = ("layers", "module", "band", "kind", "init", "rank", "alpha", "s", "dropout", "parameters")
         lines: list[tuple[str, ...]] = [header]
         for target in dict.fromkeys(row.target for row in self.rows):
@@ -122,21 +148,27 @@ class Layout:
                 start = end
         body = sorted(lines[1:], key=lambda line: int(line[0].split("-")[0]))
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        text = [
+        return [
             "  ".join(
                 cell.rjust(w) if i > 4 else cell.ljust(w)
                 for i, (cell, w) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in [header, *body]
         ]
+
+    def _sums(self) -> list[str]:
+        lines = []
         for band in self.bands:
             rows = self.of_band(band)
-            text.append(
+            lines.append(
                 f"band {band}: {rows[0].kind}, {len(rows)} modules, "
                 f"{format_count(sum(row.num_parameters for row in rows))} parameters"
             )
-        text.append(f"total: {len(self.rows)} modules, {format_count(self.num_parameters)} parameters")
-        return "\n".join(text)
+        return [*lines, f"total: {len(self.rows)} modules, {format_count(self.num_parameters)} parameters"]
+
+
+def _rank_text(row: LayoutRow) -> str:
+    return f"{row.rank}→{row.target_rank}" if row.kind == "adalora" else str(row.rank)
 
 
 def _same_but_layer(one: LayoutRow, other: LayoutRow) -> bool:
@@ -148,7 +180,7 @@ def _same_but_layer(one: LayoutRow, other: LayoutRow) -> bool:
 def _table_line(rows: list[LayoutRow]) -> tuple[str, ...]:
     row = rows[0]
     layers = str(row.layer) if len(rows) == 1 else f"{row.layer}-{rows[-1].layer}"
-    rank = f"{row.rank}→{row.target_rank}" if row.kind == "adalora" else str(row.rank)
+    rank = _rank_text(row)
     kind = row.kind + (f" (LoRA+ {row.loraplus_lr_ratio:g})" if row.loraplus_lr_ratio != 1 else "")
     parameters = format_count(sum(r.num_parameters for r in rows))
     return (

@@ -1,14 +1,20 @@
-"""`qhybrid eval`: loss, perplexity and exact match on a data file."""
+"""`qhybrid eval`: loss, perplexity, exact match and classification by label words on a data file."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from qhybrid.cli.columns import columns as in_columns
 from qhybrid.errors import AdapterError, DataError, ModelError
+
+if TYPE_CHECKING:
+    from qhybrid.evaluation.labels import LabelScores
 
 
 @click.command("eval")
@@ -34,6 +40,10 @@ from qhybrid.errors import AdapterError, DataError, ModelError
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--no-generation", is_flag=True, help="Loss and perplexity only.")
+@click.option("--answer-after", metavar="TEXT", help="Of answers only what follows TEXT counts: '####' for GSM8K.")
+@click.option(
+    "--labels", metavar="A,B", help="Classify by these words, in place of generation; the first is F1's."
+)
 @click.option("--predictions", type=click.Path(), help="Write prompt, expected and generated text as JSON lines.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def command(
@@ -50,13 +60,16 @@ def command(
     batch_size: int,
     max_new_tokens: int,
     no_generation: bool,
+    answer_after: str | None,
+    labels: str | None,
     predictions: str | None,
     as_json: bool,
 ) -> None:
     """Score a base model (--model) or an adapter (--adapter) on the rows of DATA.
 
     Loss and perplexity are over the answers' tokens. Exact match is the share of rows for which greedy
-    generation gives the answer's text exactly.
+    generation gives the answer's text exactly, or with --answer-after its result. With --labels yes,no every
+    answer is one of these words, and the model's choice is the one that it gives the highest probability.
     """
     source = _source(data, row_format, columns, limit)
     if not model and not adapter:
@@ -64,6 +77,14 @@ def command(
     if adapter and (quantization or dtype):
         raise ModelError(
             "an adapter knows its quantization and dtype", hint="leave --quantization and --dtype out"
+        )
+    words = _labels(labels)
+    generates = not no_generation and not words
+    if answer_after is not None and not generates:
+        raise DataError("--answer-after has no effect without generation", hint="leave it out")
+    if predictions and words:
+        raise DataError(
+            "--predictions are generated answers, and --labels generates none", hint="give one of them"
         )
     if predictions and no_generation:
         raise DataError("--predictions has nothing to write with --no-generation", hint="leave one of them out")
@@ -83,6 +104,7 @@ def command(
     from qhybrid.adapters.info import adapter_of_run
     from qhybrid.data.prepare import prepare_file
     from qhybrid.evaluation.evaluate import evaluate
+    from qhybrid.evaluation.labels import label_rows
     from qhybrid.evaluation.models import load_adapter_for_inference, load_base_for_inference
     from qhybrid.recipe.schema import ModelSection, QuantizationSection
 
@@ -115,13 +137,16 @@ def command(
         reasons = "\n".join(audit.reason_lines())
         console.print(f"note: {audit.dropped} of {audit.rows_in} rows cannot be used\n{reasons}", highlight=False)
 
+    labelled = label_rows(tokenizer, rows, words) if words else None
     with console.status("scoring") as status:
         scores = evaluate(
             loaded,
             tokenizer,
             rows,
             batch_size=batch_size,
-            max_new_tokens=None if no_generation else max_new_tokens,
+            max_new_tokens=max_new_tokens if generates else None,
+            answer_after=answer_after,
+            labelled=labelled,
             progress=lambda name, done: status.update(f"{name}: {done} of {len(rows)} rows"),
         )
     if predictions:
@@ -133,7 +158,7 @@ def command(
                 "exact": a.is_exact,
                 "cut_off": a.is_cut_off,
             }
-            for a in scores.answers
+            for a in scores.given_answers
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         Path(predictions).write_text(text, encoding="utf-8")
@@ -143,26 +168,60 @@ def command(
         "loss": scores.loss,
         "perplexity": scores.perplexity,
         "exact_match": scores.exact_match,
-        "answers": len(scores.answers),
-        "answers_cut_off": sum(answer.is_cut_off for answer in scores.answers),
+        "answers": len(scores.given_answers),
+        "answers_cut_off": sum(answer.is_cut_off for answer in scores.given_answers),
     }
+    if scores.labels is not None:
+        figures |= {
+            "accuracy": scores.labels.accuracy,
+            "f1": scores.labels.f1,
+            "macro_f1": scores.labels.macro_f1,
+            "classes": [dataclasses.asdict(one) for one in scores.labels.classes],
+            "confusion": scores.labels.confusion,
+        }
     if as_json:
         click.echo(json.dumps(figures))
         return
     click.echo(f"rows          {scores.num_rows} ({scores.num_tokens:,} scored tokens)")
     click.echo(f"loss          {scores.loss:.4f}")
     click.echo(f"perplexity    {scores.perplexity:.3f}")
+    if scores.labels is not None:
+        _show_labels(scores.labels)
     if scores.exact_match is not None:
-        right = sum(answer.is_exact for answer in scores.answers)
-        click.echo(f"exact match   {scores.exact_match:.1%} ({right} of {len(scores.answers)})")
+        right = sum(answer.is_exact for answer in scores.given_answers)
+        click.echo(f"exact match   {scores.exact_match:.1%} ({right} of {len(scores.given_answers)})")
         if figures["answers_cut_off"]:
             click.echo(
                 f"note: {figures['answers_cut_off']} answers were cut off at {max_new_tokens} tokens "
                 "(--max-new-tokens)",
                 err=True,
             )
-    elif not no_generation:
+    elif generates:
         click.echo("exact match   not measured: the rows have no prompt")
+
+
+def _labels(text: str | None) -> tuple[str, ...]:
+    words = tuple(word.strip() for word in text.split(",")) if text is not None else ()
+    if text is not None and (len(words) < 2 or not all(words) or len(set(words)) < len(words)):
+        raise DataError(f"--labels {text!r} does not name two or more labels", hint="for example yes,no")
+    return words
+
+
+def _show_labels(scores: LabelScores) -> None:
+    """Accuracy, F1, and a line for every label with what its rows were taken for."""
+    right = sum(one.right for one in scores.classes)
+    click.echo(f"accuracy      {scores.accuracy:.1%} ({right} of {len(scores.expected)})")
+    click.echo(f"F1            {scores.f1:.4f} of {scores.labels[0]!r}, macro {scores.macro_f1:.4f}")
+    header = ("label", "rows", "right", "accuracy", "precision", "F1", *(f"as {label}" for label in scores.labels))
+    lines = [
+        (
+            one.label, str(one.rows), str(one.right), f"{one.recall:.1%}", f"{one.precision:.1%}", f"{one.f1:.4f}",
+            *map(str, taken),
+        )
+        for one, taken in zip(scores.classes, scores.confusion, strict=True)
+    ]  # fmt: skip
+    for line in in_columns(header, lines):
+        click.echo(line)
 
 
 def _as_options(hint: str | None) -> str | None:

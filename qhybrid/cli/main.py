@@ -17,10 +17,12 @@ from qhybrid.redaction import redacted_output, redacted_traceback
 _COMMANDS = {
     "sft": ("qhybrid.cli.sft", "Fine-tune a model as a recipe says."),
     "plan": ("qhybrid.cli.plan", "What a recipe needs, and whether it fits, before anything is downloaded."),
+    "ranks": ("qhybrid.cli.ranks", "Which ranks, where, of which kind: sweeps with controls."),
     "eval": ("qhybrid.cli.evaluate", "Loss, perplexity and exact match of a model or an adapter."),
     "generate": ("qhybrid.cli.generate", "Let a model or an adapter answer."),
     "serve": ("qhybrid.cli.serve", "Serve a model and many adapters by the OpenAI protocol."),
     "inspect": ("qhybrid.cli.inspect", "Ranks, norms and spectra of an adapter."),
+    "report": ("qhybrid.cli.report", "A run or a sweep as one HTML file, with pictures."),
     "merge": ("qhybrid.cli.merge", "Several adapters into one."),
     "compress": ("qhybrid.cli.compress", "An adapter at lower rank, with the error."),
     "export": ("qhybrid.cli.export", "An adapter for peft, vLLM or llama.cpp, in INT8, or merged into the model."),
@@ -44,7 +46,10 @@ _MEANT = {
     "quantize": "export",
     "prune": "compress",
     "svd": "compress",
+    "sweep": "ranks sweep",
     "show": "inspect",
+    "plot": "report",
+    "html": "report",
 }
 
 

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from qhybrid.planner import constants
 from qhybrid.planner.advise import Change, overrides_between, ways_to_fit, ways_to_spend
-from qhybrid.planner.plan import Plan, make_plan
-from qhybrid.planner.solve import solve_rank
+from qhybrid.planner.plan import BUDGET, Plan, make_plan
+from qhybrid.planner.solve import asked_ranks, solve_rank
 from qhybrid.planner.tasks import lower_ranks, plan_tasks, task_overrides_between, ways_to_fit_tasks
 from qhybrid.planner.workload import checkpointed_layers, row_length
 from qhybrid.recipe.tasks import task_recipes
@@ -67,7 +67,7 @@ def show_recommendation(text: str, recipe: Recipe, plan: Plan, facts: ModelFacts
     lines += ["", "# The plan", *(f"# {line}" for line in _verdict(plan))]
     for cap in plan.caps:
         if cap.got != cap.asked:
-            lines.append(f"# band {cap.band}: rank {cap.asked} asked for, {cap.got} fits")
+            lines.append(f"# {cap.told}: more does not fit")
     _say(console, lines)
 
 
@@ -75,7 +75,7 @@ def solved(quantity: str, recipe: Recipe) -> Any:
     """The value that was solved for, as JSON."""
     match quantity:
         case "rank":
-            return {band.band: band.rank for band in recipe.adapters}
+            return asked_ranks(recipe)
         case "micro_batch":
             return recipe.training.per_device_train_batch_size
         case "max_length":
@@ -101,7 +101,8 @@ def _header(recipe: Recipe, plan: Plan, facts: ModelFacts) -> list[str]:
         f"model     {plan.model}: {format_count(spec.num_parameters)} parameters, {quantization} ({facts.source})",
         f"trained   {format_count(plan.layout.num_parameters)} parameters in {num_bands} "
         f"band{'s' if num_bands > 1 else ''}, {recipe.adapter_dtype}"
-        + ("" if recipe.tasks else f", {recipe.training.optim}"),
+        + ("" if recipe.tasks else f", {recipe.training.optim}")
+        + _growth(plan),
         *([] if recipe.tasks else [f"step      {_step(recipe, spec)}"]),
         *(
             f"task      {name}: {_step(own, spec)}; {own.training.optim}"
@@ -120,6 +121,13 @@ def _step(recipe: Recipe, spec: ModelSpec) -> str:
     )
 
 
+def _growth(plan: Plan) -> str:
+    at_most = plan.largest.num_parameters
+    if at_most == plan.layout.num_parameters:
+        return ""
+    return f"; stages may make them {format_count(at_most)}, which the plan is for"
+
+
 def _solved_lines(quantity: str, asked: Recipe, recipe: Recipe, plan: Plan) -> list[str]:
     changed = overrides_between(asked, recipe)
     if plan.fits is False:
@@ -131,7 +139,8 @@ def _solved_lines(quantity: str, asked: Recipe, recipe: Recipe, plan: Plan) -> l
 def _caps(console: Console, plan: Plan) -> None:
     for cap in plan.caps:
         word = "as asked for" if cap.got == cap.asked else f"{cap.asked} was asked for"
-        _say(console, [f"band      {cap.band}: rank {cap.got} ({word})"])
+        what = f"{cap.got:,} parameters of rank" if cap.band == BUDGET else f"{cap.band}: rank {cap.got}"
+        _say(console, [f"band      {what} ({word})"])
 
 
 def _table(plan: Plan, simulated: dict[str, Any] | None) -> Table:

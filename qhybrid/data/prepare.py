@@ -143,6 +143,27 @@ def prepare_file(
     return source.rows, source.audit
 
 
+def prepare_held_out(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, base_folder: Path, date: str | None = None
+) -> list[EncodedRow]:
+    """The rows that `prepare_data` gives to evaluate on, in the same order, but whole: max_length cuts none.
+
+    Raises:
+        DataError: as `prepare_data`.
+    """
+    template = resolve_chat_template(recipe, tokenizer, base_folder)
+    training = recipe.training.model_copy(update={"max_length": None})
+    encoder = RowEncoder(
+        tokenizer, training, chat_template=template, system_prompt=recipe.data.system_prompt, date=date
+    )
+    chosen = recipe.data.eval_sources or recipe.data.sources
+    limit = recipe.data.max_dropped_fraction
+    sources = [_prepare_source(section, encoder, limit, base_folder) for section in chosen]
+    if recipe.data.eval_sources:
+        return [row for source in sources for row in source.rows]
+    return _choose_rows(sources, recipe.data, recipe.training.seed)[1]
+
+
 def _prepare_source(
     section: SourceSection, encoder: RowEncoder, max_dropped_fraction: float, base_folder: Path
 ) -> _Source:

@@ -1,4 +1,4 @@
-"""Loss, perplexity and exact match over tokenised rows."""
+"""Loss, perplexity, exact match and label words over tokenised rows."""
 
 from __future__ import annotations
 
@@ -14,48 +14,50 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qhybrid.adapters.dora import hold_norms
 from qhybrid.data.tokenize import IGNORED_LABEL, EncodedRow
+from qhybrid.evaluation.answers import Answer, answer_start, answer_text
 from qhybrid.evaluation.forward import batches, scored_logits
-
-
-def answer_start(row: EncodedRow) -> int:
-    """Where the last scored run of tokens begins: the answer that generation must give."""
-    scored = row.labels != IGNORED_LABEL
-    if not scored.any():
-        return 0
-    last = int(np.flatnonzero(scored)[-1])
-    unscored = np.flatnonzero(~scored[:last])
-    return int(unscored[-1]) + 1 if len(unscored) else 0
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model generated for one row, and what the row says."""
-
-    prompt: str
-    expected: str
-    generated: str
-    is_cut_off: bool  # max_new_tokens came before an end token
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether both are the same text, blanks at the ends aside."""
-        return self.generated.strip() == self.expected.strip()
+from qhybrid.evaluation.labels import LabelledRows, LabelScores
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The result: figures over all rows, and each row's answer when answers were generated."""
+    """The result: figures over all rows, and those of each row, in the order in which the rows were given."""
 
-    num_rows: int
-    num_tokens: int  # scored ones
-    loss: float  # mean cross-entropy of a scored token, in nats
-    exact_match: float | None  # share of rows; None without generation
-    answers: tuple[Answer, ...] = ()
+    row_losses: tuple[float, ...]  # summed cross-entropy of the row's scored tokens, in nats
+    row_tokens: tuple[int, ...]  # scored ones
+    answers: tuple[Answer | None, ...] = ()  # one for each row, None where it has no prompt; empty if not asked
+    labels: LabelScores | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows were scored."""
+        return len(self.row_losses)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were scored."""
+        return sum(self.row_tokens)
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy of a scored token, in nats."""
+        return sum(self.row_losses) / max(1, self.num_tokens)
 
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(min(self.loss, 700))
+
+    @property
+    def given_answers(self) -> tuple[Answer, ...]:
+        """The answers of the rows that have a prompt."""
+        return tuple(answer for answer in self.answers if answer is not None)
+
+    @property
+    def exact_match(self) -> float | None:
+        """The share of given answers that are exact; None without any."""
+        given = self.given_answers
+        return sum(answer.is_exact for answer in given) / len(given) if given else None
 
 
 def evaluate(
@@ -65,31 +67,50 @@ def evaluate(
     *,
     batch_size: int,
     max_new_tokens: int | None,
+    answer_after: str | None = None,
+    labelled: LabelledRows | None = None,
     progress: Callable[[str, int], None] = lambda name, done: None,
 ) -> Scores:
     """Score `rows`, and answer them greedily unless `max_new_tokens` is None.
 
     Rows that are scored from their first token on have no prompt; they are left out of exact match.
+
+    Args:
+        answer_after: only what follows this text counts in an answer, as in `result_after`.
+        labelled: the rows' labels; each is predicted from the same forward pass that gives the loss.
     """
     with torch.no_grad(), hold_norms(model), _evaluation_mode(model):
-        total, num_tokens, done = 0.0, 0, 0
-        for batch in batches(rows, batch_size, model):
+        losses, tokens, predicted = [0.0] * len(rows), [0] * len(rows), [0] * len(rows)
+        places = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))  # as `batches` takes them
+        done = 0
+        for batch in batches([rows[i] for i in places], batch_size, model):
             logits, targets = scored_logits(model, batch)
-            total += F.cross_entropy(logits.float(), targets, reduction="sum").item()
-            num_tokens, done = num_tokens + len(targets), done + len(batch)
+            each = F.cross_entropy(logits.float(), targets, reduction="none").double()
+            counts = [int((row.labels[1:] != IGNORED_LABEL).sum()) for row in batch]
+            own = places[done : done + len(batch)]
+            for i, part in zip(own, each.split(counts), strict=True):
+                losses[i], tokens[i] = part.sum().item(), len(part)
+            if labelled is not None:
+                starts = np.cumsum([0, *counts[:-1]])
+                first = [int((row.labels[1 : answer_start(row)] != IGNORED_LABEL).sum()) for row in batch]
+                for i, label in zip(own, labelled.predicted(logits[starts + first]), strict=True):
+                    predicted[i] = label
+            done += len(batch)
             progress("loss", done)
-        answers: dict[int, Answer] = {}
+        answers: list[Answer | None] = [None] * len(rows) if max_new_tokens is not None else []
         if max_new_tokens is not None:
             asked = [(i, row) for i, row in enumerate(rows) if answer_start(row) > 1]
             asked.sort(key=lambda pair: answer_start(pair[1]))  # little padding
             for start in range(0, len(asked), batch_size):
                 batch = asked[start : start + batch_size]
-                generated = _generate(model, tokenizer, [row for _, row in batch], max_new_tokens)
-                answers |= {i: answer for (i, _), answer in zip(batch, generated, strict=True)}
+                generated = _generate(model, tokenizer, [row for _, row in batch], max_new_tokens, answer_after)
+                for (i, _), answer in zip(batch, generated, strict=True):
+                    answers[i] = answer
                 progress("answers", start + len(batch))
-    ordered = tuple(answers[i] for i in sorted(answers))
-    exact = sum(answer.is_exact for answer in ordered) / len(ordered) if ordered else None
-    return Scores(len(rows), num_tokens, total / max(1, num_tokens), exact, ordered)
+    scores = None
+    if labelled is not None:
+        scores = LabelScores(labelled.labels, labelled.expected, tuple(predicted))
+    return Scores(tuple(losses), tuple(tokens), tuple(answers), scores)
 
 
 @contextlib.contextmanager
@@ -110,7 +131,11 @@ def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[EncodedRow], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[EncodedRow],
+    max_new_tokens: int,
+    answer_after: str | None,
 ) -> list[Answer]:
     """Greedy answers to the prompts of a batch, padded on the left."""
     prompts = [row.input_ids[: answer_start(row)].tolist() for row in batch]
@@ -133,15 +158,13 @@ def _generate(
         eos_token_id=sorted(stops),
     )
 
-    def text(tokens: Sequence[int]) -> str:
-        return tokenizer.decode(tokens, skip_special_tokens=True)
-
     return [
         Answer(
             prompt=tokenizer.decode(prompt),
-            expected=text([token for token in row.labels[answer_start(row) :].tolist() if token != IGNORED_LABEL]),
-            generated=text(produced[longest:].tolist()),
+            expected=answer_text(tokenizer, row),
+            generated=tokenizer.decode(produced[longest:].tolist(), skip_special_tokens=True),
             is_cut_off=len(produced) == longest + max_new_tokens and stops.isdisjoint(produced[longest:].tolist()),
+            after=answer_after,
         )
         for row, prompt, produced in zip(batch, prompts, output, strict=True)
     ]

@@ -28,8 +28,8 @@ def batches(rows: Sequence[EncodedRow], batch_size: int, model: PreTrainedModel)
         yield batch
 
 
-def scored_logits(model: PreTrainedModel, batch: Sequence[EncodedRow]) -> tuple[Tensor, Tensor]:
-    """Logits (tokens, vocabulary) that predict a batch's scored tokens, and those tokens (tokens,), row by row."""
+def padded(batch: Sequence[EncodedRow]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, labels and the mask of real tokens (rows, longest) of a batch, padded on the right; int64, CPU."""
     longest = max(len(row.input_ids) for row in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     labels = torch.full((len(batch), longest), IGNORED_LABEL)
@@ -37,6 +37,12 @@ def scored_logits(model: PreTrainedModel, batch: Sequence[EncodedRow]) -> tuple[
     for i, row in enumerate(batch):
         n = len(row.input_ids)
         ids[i, :n], labels[i, :n], mask[i, :n] = torch.from_numpy(row.input_ids), torch.from_numpy(row.labels), 1
+    return ids, labels, mask
+
+
+def scored_logits(model: PreTrainedModel, batch: Sequence[EncodedRow]) -> tuple[Tensor, Tensor]:
+    """Logits (tokens, vocabulary) that predict a batch's scored tokens, and those tokens (tokens,), row by row."""
+    ids, labels, mask = padded(batch)
     device = model.device
     logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
     targets = labels[:, 1:].to(device)

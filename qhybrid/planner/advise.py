@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from qhybrid.architecture.growth import least_cost
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.planner.plan import Plan
 from qhybrid.planner.solve import (
     Planner,
+    asked_ranks,
     checkpointing,
     fits,
     largest,
@@ -108,7 +110,7 @@ def ways_to_spend(recipe: Recipe, spec: ModelSpec, plan: Planner) -> list[Change
     if bigger is not None:
         found.append(_change(recipe, bigger[0], here, plan(bigger[0]), bigger[1]))
     more = solve_rank(recipe, spec, plan)
-    if more and [band.rank for band in more.adapters] != [band.rank for band in recipe.adapters]:
+    if more and asked_ranks(more) != asked_ranks(recipe):
         found.append(_change(recipe, more, here, plan(more), "rank is a weak lever: try it last"))
     return found
 
@@ -201,7 +203,7 @@ def _narrow_adapters(recipe: Recipe, spec: ModelSpec, plan: Planner):
 
 
 def _smaller_states(recipe: Recipe, spec: ModelSpec, plan: Planner):
-    if not recipe.training.optim.startswith("adamw_torch"):
+    if not recipe.training.optim.startswith("adamw_torch") or any(stage.expand for stage in recipe.stages):
         return None
     eight_bit = with_training(recipe, optim="adamw_bnb_8bit")
     if fits(plan, eight_bit):
@@ -223,6 +225,27 @@ def _smaller_batch(recipe: Recipe, spec: ModelSpec, plan: Planner):
     return with_batch(best), "the same step in more, smaller parts: the GPU is used less well"
 
 
+def _less_growth(recipe: Recipe, spec: ModelSpec, plan: Planner):
+    growing = [stage.expand for stage in recipe.stages if stage.expand]
+    here = plan(recipe)
+    costs = [least_cost(expand, here.layout) for expand in growing]
+    if not growing or None in costs:
+        return None
+
+    def with_budget(most: int) -> Recipe:
+        stages = []
+        for stage in recipe.stages:
+            if stage.expand and (stage.expand.budget is None or stage.expand.budget > most):
+                stage = stage.model_copy(update={"expand": stage.expand.model_copy(update={"budget": most})})
+            stages.append(stage)
+        return recipe.model_copy(update={"stages": tuple(stages)})
+
+    least = max(cost for cost in costs if cost)
+    grows = here.largest.num_parameters - here.layout.num_parameters
+    best = largest(least, max(least, grows), lambda most: fits(plan, with_budget(most)))
+    return with_budget(best or least), "other results: the stages expand fewer modules"
+
+
 def _attention_only(recipe: Recipe, spec: ModelSpec, plan: Planner):
     bands = tuple(
         band.model_copy(update={"target_modules": ("attention",)})
@@ -238,6 +261,8 @@ def _attention_only(recipe: Recipe, spec: ModelSpec, plan: Planner):
 def _less_rank(recipe: Recipe, spec: ModelSpec, plan: Planner):
     changed = solve_rank(recipe, spec, plan, no_more_than_asked=True)
     if changed is None:
+        if recipe.rank_budget is not None:
+            return None
         lowest = {band.band: band.smallest_rank for band in recipe.adapters if band.rank_weight > 0}
         changed = with_ranks(recipe, lowest)
     return (changed, "other results, usually slightly") if changed != recipe else None
@@ -268,6 +293,7 @@ _LEVERS: dict[str, _Lever] = {
     "adapter dtype": _narrow_adapters,
     "optimizer": _smaller_states,
     "batch": _smaller_batch,
+    "stages": _less_growth,
     "targets": _attention_only,
     "rank": _less_rank,
     "length": _shorter_rows,
@@ -286,6 +312,8 @@ def overrides_between(before: Recipe, after: Recipe) -> tuple[str, ...]:
         for name in type(one).model_fields:
             if getattr(one, name) != getattr(other, name):
                 found.append(f"{section}.{name}={_written(getattr(other, name))}")
+    if before.rank_budget != after.rank_budget:
+        found.append(f"{'schedule' if before.schedule else 'ranks'}.budget={after.rank_budget}")
     for index, (one, other) in enumerate(zip(before.adapters, after.adapters, strict=True)):
         # The command line splits at dots, and takes digits for a place in the list.
         name = one.band if "." not in one.band and not one.band.isdigit() else str(index)
@@ -297,6 +325,9 @@ def overrides_between(before: Recipe, after: Recipe) -> tuple[str, ...]:
                 found.append(f"adapters.{name}.adalora.init_rank={other.init_rank}")
         if one.target_modules != other.target_modules:
             found.append(f"adapters.{name}.target_modules={','.join(other.target_modules)}")
+    for index, (one, other) in enumerate(zip(before.stages, after.stages, strict=True)):
+        if one != other and other.expand is not None:
+            found.append(f"stages.{index}.expand.budget={other.expand.budget}")
     return tuple(found)
 
 

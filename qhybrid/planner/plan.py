@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qhybrid.architecture.bands import build_layout
+from qhybrid.architecture.growth import largest_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.planner import constants
@@ -27,13 +28,25 @@ class Budget:
     source: str = ""  # "--vram", "memory.vram", "RTX 4090"
 
 
+BUDGET = "budget"  # in the place of a band's name, where one budget is spread over all
+
+
 @dataclass(frozen=True)
 class RankCap:
-    """What a band asked for, and what it got."""
+    """What a band asked for, and what it got; or the budget that is spread over all bands."""
 
-    band: str
+    band: str  # or BUDGET; of a task, after its name and a dot
     asked: int
     got: int
+
+    @property
+    def told(self) -> str:
+        """The change in words."""
+        task, _, band = self.band.rpartition(".")
+        if band == BUDGET:
+            whose = f" of task {task}" if task else ""
+            return f"the ranks{whose} get a budget of {self.got:,} parameters instead of {self.asked:,}"
+        return f"band {self.band} gets rank {self.got} instead of {self.asked}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,7 @@ class Plan:
     download: int  # of the model, in 16 bits
     checkpoint: int  # one on disk: adapters, optimizer states, AdaLoRA's scores
     layout: Layout
+    largest: Layout  # what the recipe's stages may make of it: what everything above is for
     caps: tuple[RankCap, ...] = ()
     largest_task: str | None = None  # of several, the one whose activations count
 
@@ -120,6 +134,7 @@ class Plan:
             "moments": self.prediction.moments,
             "adapters_by_band": self.prediction.bands,
             "num_trained_parameters": self.layout.num_parameters,
+            "num_trained_parameters_at_most": self.largest.num_parameters,
             **({"largest_task": self.largest_task} if self.largest_task is not None else {}),
             "rank_caps": [dataclasses.asdict(cap) for cap in self.caps],
             "assumptions": list(self.prediction.assumptions),
@@ -147,10 +162,11 @@ def make_plan(
     Raises:
         LayoutError: the bands do not fit the model.
     """
-    layout = build_layout(recipe.adapters, spec)
-    prediction = predict(recipe, spec, layout, device=device, longest=longest, padded=padded)
+    layout = build_layout(recipe, spec)
+    largest = largest_layout(recipe, layout)
+    prediction = predict(recipe, spec, largest, device=device, longest=longest, padded=padded)
     return assemble(
-        recipe, spec, budget, layout, prediction, device=device, caps=caps, process_bytes=process_bytes
+        recipe, spec, budget, layout, largest, prediction, device=device, caps=caps, process_bytes=process_bytes
     )
 
 
@@ -159,6 +175,7 @@ def assemble(
     spec: ModelSpec,
     budget: Budget,
     layout: Layout,
+    largest: Layout,
     prediction: Prediction,
     *,
     device: Device,
@@ -169,6 +186,7 @@ def assemble(
     """The plan around a prediction: what else the process takes.
 
     Args:
+        largest: what stages may make of `layout`, which `prediction` is for.
         threads: those that call cuBLAS; of one training loop the forward pass and the autograd engine.
     """
     workspace = constants.cublas_workspace(budget.gpu, threads) if device == "cuda" else 0
@@ -200,6 +218,7 @@ def assemble(
         download=spec.num_parameters * 2,
         checkpoint=states,
         layout=layout,
+        largest=largest,
         caps=caps,
     )
 

@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.spec import ModelSpec
-from qhybrid.planner.plan import Plan, RankCap
+from qhybrid.planner.plan import BUDGET, Plan, RankCap
 from qhybrid.recipe.band import BandSection
 from qhybrid.recipe.schema import Recipe
 
 Quantity = Literal["rank", "micro_batch", "max_length", "checkpointing"]
 Planner = Callable[[Recipe], Plan]  # a plan for a changed recipe, on the same model and budget
 
+_BUDGET_SHARES = 64
 _LENGTH_STEP = 64  # tokens
 _LARGEST_BATCH = 4096
 _LONGEST = 2**20
@@ -30,11 +31,23 @@ def with_memory(recipe: Recipe, **changes: Any) -> Recipe:
     return recipe.model_copy(update={"memory": recipe.memory.model_copy(update=changes)})
 
 
-def with_ranks(recipe: Recipe, ranks: dict[str, int]) -> Recipe:
-    """The recipe with other ranks by band. Each band's scaling s stays what it was, so its function starts alike.
+def asked_ranks(recipe: Recipe) -> dict[str, int]:
+    """What the planner may change of the ranks: the rank by band, or the one budget of all."""
+    if recipe.rank_budget is not None:
+        return {BUDGET: recipe.rank_budget}
+    return {band.band: band.rank for band in recipe.adapters}
 
-    AdaLoRA's initial rank keeps its ratio to the target rank.
+
+def with_ranks(recipe: Recipe, ranks: dict[str, int]) -> Recipe:
+    """The recipe with other ranks by band, or with another budget as BUDGET, as `asked_ranks` has them.
+
+    Each band's scaling s stays what it was, so its function starts alike. AdaLoRA's initial rank keeps its ratio
+    to the target rank.
     """
+    if recipe.rank_budget is not None:
+        name = "schedule" if recipe.schedule else "ranks"
+        spread = getattr(recipe, name).model_copy(update={"budget": ranks[BUDGET]})
+        return recipe.model_copy(update={name: spread})
     bands = []
     for band in recipe.adapters:
         rank = ranks.get(band.band, band.rank)
@@ -49,7 +62,7 @@ def with_ranks(recipe: Recipe, ranks: dict[str, int]) -> Recipe:
             initial = max(rank + 1, round(band.init_rank * share)) if band.init_rank > band.rank else rank
             if band.alpha is not None:
                 update["alpha"] = band.alpha * initial / band.init_rank
-            update["adalora"] = band.schedule.model_copy(update={"init_rank": initial})
+            update["adalora"] = band.adalora_settings.model_copy(update={"init_rank": initial})
         bands.append(band.model_copy(update=update))
     return recipe.model_copy(update={"adapters": tuple(bands)})
 
@@ -126,18 +139,36 @@ def largest_ranks(
     recipe: Recipe, spec: ModelSpec, holds: Callable[[Recipe], bool], *, no_more_than_asked: bool = False
 ) -> Recipe | None:
     """As `solve_rank`, with a condition of the caller's."""
-    limits = {band.band: _largest_rank(band, recipe, spec) for band in recipe.adapters}
-    steps = _rank_steps(recipe.adapters, {} if no_more_than_asked else limits)
+    steps = rank_steps(recipe, spec, no_more_than_asked=no_more_than_asked)
     best = largest(0, len(steps) - 1, lambda n: holds(with_ranks(recipe, steps[n])))
     return None if best is None else with_ranks(recipe, steps[best])
 
 
 def rank_caps(asked: Recipe, got: Recipe) -> tuple[RankCap, ...]:
-    """What every band asked for and got."""
-    return tuple(
-        RankCap(before.band, before.rank, after.rank)
-        for before, after in zip(asked.adapters, got.adapters, strict=True)
-    )
+    """What every band, or the budget of all, asked for and got."""
+    after = asked_ranks(got)
+    return tuple(RankCap(name, before, after[name]) for name, before in asked_ranks(asked).items())
+
+
+def rank_steps(recipe: Recipe, spec: ModelSpec, *, no_more_than_asked: bool) -> list[dict[str, int]]:
+    """What `with_ranks` can be given, the smallest first."""
+    if recipe.rank_budget is not None:
+        return _budget_steps(recipe, spec, no_more_than_asked)
+    limits = {band.band: _largest_rank(band, recipe, spec) for band in recipe.adapters}
+    return _rank_steps(recipe.adapters, {} if no_more_than_asked else limits)
+
+
+def _budget_steps(recipe: Recipe, spec: ModelSpec, no_more_than_asked: bool) -> list[dict[str, int]]:
+    """Budgets, the smallest first: 64ths of what was asked for, from the lowest ranks on."""
+    asked, spread = recipe.rank_budget, recipe.schedule or recipe.ranks
+    assert asked is not None and spread is not None
+    rows = build_layout(recipe, spec).rows
+    least = (spread.min_rank or 1) * sum(row.in_features + row.out_features for row in rows)
+    most = sum(min(row.in_features, row.out_features) * (row.in_features + row.out_features) for row in rows)
+    top = asked if no_more_than_asked else max(asked, most)
+    shares = range(1, math.ceil(_BUDGET_SHARES * top / asked) + 1)
+    budgets = {max(least, min(top, asked * share // _BUDGET_SHARES)) for share in shares}
+    return [{BUDGET: budget} for budget in sorted(budgets)]
 
 
 def _rank_steps(bands: tuple[BandSection, ...], limits: dict[str, int]) -> list[dict[str, int]]:
@@ -171,7 +202,7 @@ def _rank_at(band: BandSection, factor: float, limit: int) -> int:
 
 def _largest_rank(band: BandSection, recipe: Recipe, spec: ModelSpec) -> int:
     """The largest rank whose matrices are not larger than the weight; with AdaLoRA's initial rank in mind."""
-    rows = build_layout(recipe.adapters, spec).of_band(band.band)
+    rows = build_layout(recipe, spec).of_band(band.band)
     side = min(min(row.in_features, row.out_features) for row in rows)
     if band.kind == "adalora":
         side = int(side * band.rank / band.init_rank) - 1

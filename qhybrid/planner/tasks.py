@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.concatenate import concatenate
+from qhybrid.architecture.growth import largest_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.planner import constants
@@ -18,7 +19,16 @@ from qhybrid.planner.holdings import adalora_scores, adapter_bytes, dora_norms, 
 from qhybrid.planner.memory import Prediction, predict
 from qhybrid.planner.optimizers import rule_of
 from qhybrid.planner.plan import Budget, Plan, RankCap, assemble
-from qhybrid.planner.solve import Planner, fits, largest, largest_ranks, rank_caps, with_ranks, with_training
+from qhybrid.planner.solve import (
+    Planner,
+    fits,
+    largest,
+    largest_ranks,
+    rank_caps,
+    rank_steps,
+    with_ranks,
+    with_training,
+)
 from qhybrid.planner.workload import WIDTHS, Device
 from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.tasks import (
@@ -63,10 +73,11 @@ def plan_tasks(
         LayoutError: the bands of a task do not fit the model.
     """
     parts = adapter_recipes(recipe)
-    layouts = {}
+    asked, layouts = {}, {}
     for name, part in parts.items():
         with of_task(name):
-            layouts[name] = build_layout(part.adapters, spec)
+            asked[name] = build_layout(part, spec)
+            layouts[name] = largest_layout(part, asked[name])
     shared = layouts.get(SHARED) if recipe.shared else None
     predictions = {
         name: predict(
@@ -80,12 +91,12 @@ def plan_tasks(
     }
     lead = max(predictions, key=lambda name: _passing(predictions[name]))
     prediction = _together(parts, layouts, predictions, lead, device)
-    rows = tuple(replace(row, band=_named(name, row.band)) for name, layout in layouts.items() for row in layout)
     plan = assemble(
         recipe,
         spec,
         budget,
-        Layout(rows),
+        _whole(asked),
+        _whole(layouts),
         prediction,
         device=device,
         caps=caps,
@@ -93,6 +104,12 @@ def plan_tasks(
         threads=len(predictions) + 1,
     )
     return replace(plan, largest_task=lead)
+
+
+def _whole(layouts: Mapping[str, Layout]) -> Layout:
+    return Layout(
+        tuple(replace(row, band=_named(name, row.band)) for name, layout in layouts.items() for row in layout)
+    )
 
 
 def _named(name: str, band: str) -> str:
@@ -175,17 +192,14 @@ def lower_ranks(recipe: Recipe, spec: ModelSpec, plan: Planner) -> Recipe | None
 
 def _with_share(recipe: Recipe, spec: ModelSpec, share: float) -> Recipe:
     """The largest ranks at which the adapters take that share of what they were asked to take."""
-    allowed = share * build_layout(recipe.adapters, spec).num_parameters
-    lowest = with_ranks(
-        recipe, {band.band: band.smallest_rank for band in recipe.adapters if band.rank_weight > 0}
-    )
+    allowed = share * build_layout(recipe, spec).num_parameters
     found = largest_ranks(
         recipe,
         spec,
-        lambda tried: build_layout(tried.adapters, spec).num_parameters <= allowed,
+        lambda tried: build_layout(tried, spec).num_parameters <= allowed,
         no_more_than_asked=True,
     )
-    return found or lowest
+    return found or with_ranks(recipe, rank_steps(recipe, spec, no_more_than_asked=True)[0])
 
 
 def task_caps(asked: Recipe, got: Recipe) -> tuple[RankCap, ...]:

@@ -8,11 +8,12 @@ from typing import Any
 from qhybrid.errors import RecipeError
 from qhybrid.recipe.excerpt import excerpt
 from qhybrid.recipe.training_fields import TrainingSection
+from qhybrid.recipe.unfold import unfold_adapters, unfold_arms
 from qhybrid.recipe.yaml_source import Path, Source
 
 SECTIONS = (
-    "model", "quantization", "adapters", "data", "training", "memory", "distributed", "tasks",
-    "shared", "output_dir",
+    "model", "quantization", "adapters", "schedule", "ranks", "stages", "data", "training", "memory",
+    "distributed", "monitoring", "sweep", "tasks", "shared", "output_dir",
 )  # fmt: skip
 
 # Their name at the top level: our path. "adapters" means every band of the recipe, "sources" every data source.
@@ -322,8 +323,9 @@ def rename_inside(values: dict, origins: dict, notices: list, source: Source) ->
     for section, names in (("model", IN_MODEL), ("data", IN_DATA), ("training", IN_TRAINING)):
         if section in values:
             values[section] = _rename(values[section], names, (section,), origins, notices, source)
-    if isinstance(values.get("adapters"), dict):  # one band needs no list
-        values["adapters"] = [values["adapters"]]
+    if isinstance(values.get("adapters"), dict):
+        unfold_adapters(values, (), origins, source)
+    unfold_arms(values, origins, source)
     if isinstance(values.get("adapters"), list):
         bands = []
         for index, band in enumerate(values["adapters"]):

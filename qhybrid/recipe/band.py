@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from qhybrid.recipe.excerpt import excerpt
+from qhybrid.recipe.ranks import ScheduleSection
 from qhybrid.recipe.section import Section, or_also
 
 Kind = Literal["lora", "rslora", "dora", "adalora"]
@@ -18,6 +19,20 @@ DEFAULT_LORAPLUS_RATIO = 4.0
 # Of target_modules; the names that it is matched against have some 20 characters.
 _LONGEST_PATTERN = 300
 LONGEST_LAYERS = 1000  # characters: every layer of a large model by its number
+
+
+def named_bands(values: Any) -> Any:
+    """The values of a section with `adapters`, every band with a name: its word for layers, or its place."""
+    if not isinstance(values, dict) or not isinstance(values.get("adapters"), (list, tuple)):
+        return values
+    bands = []
+    for index, band in enumerate(values["adapters"]):
+        if isinstance(band, dict) and "band" not in band:
+            layers = band.get("layers", "all")
+            name = layers if isinstance(layers, str) and layers.isalpha() else f"band{index}"
+            band = {"band": name, **band}
+        bands.append(band)
+    return {**values, "adapters": bands}
 
 
 class AdaLoraSection(Section):
@@ -53,11 +68,14 @@ class BandSection(Section):
         "all"  # "0-9", "0,3,5-7", "30%-70%", "bottom", "middle", "top" or "all"
     )
     kind: Kind = "lora"
+    # Over the band's depth or modules, at the parameters that `rank` would cost everywhere.
+    schedule: Annotated[ScheduleSection, or_also({"type": "string"})] | None = None
     rank: Annotated[int, Field(ge=1, le=8192)] = 16  # AdaLoRA: the average rank at the end
     alpha: Annotated[float, Field(gt=0)] | None = None  # twice the rank when left out
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[tuple[str, ...], Field(strict=False), or_also({"type": "string"})] = ("all-linear",)
-    init: Literal["kaiming", "gaussian"] | None = None  # of A; B starts at zero. AdaLoRA has its own.
+    # Of A, while B starts at zero; pissa trains W's principal part in place of a change. AdaLoRA has its own.
+    init: Literal["kaiming", "gaussian", "pissa"] | None = None
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 1.0  # B's learning rate over A's
     # How the planner may lower the rank when the memory does not suffice (memory.on_exceed: cap_rank).
     min_rank: Annotated[int, Field(ge=1)] | None = None  # 4, or the rank where that is less
@@ -76,6 +94,8 @@ class BandSection(Section):
             values.setdefault("loraplus_lr_ratio", DEFAULT_LORAPLUS_RATIO)
         if isinstance(values.get("layers"), int) and not isinstance(values["layers"], bool):
             values["layers"] = str(values["layers"])
+        if isinstance(values.get("schedule"), str):
+            values["schedule"] = {"name": values["schedule"]}
         targets = values.get("target_modules")
         if isinstance(targets, str):
             values["target_modules"] = (targets,)
@@ -100,12 +120,18 @@ class BandSection(Section):
     def _settings_have_an_effect(self) -> Self:
         if 0 < self.rank_weight < 0.1:
             raise ValueError("rank_weight is 0 or at least 0.1")
+        if self.schedule is not None and self.schedule.budget is not None:
+            raise ValueError(
+                "the budget of a band's schedule is its rank; a budget in parameters is for all bands"
+            )
         if self.min_rank is not None and self.min_rank > self.rank:
             raise ValueError(f"min_rank {self.min_rank} is above the rank {self.rank}")
         if self.kind == "dora" and self.dropout > 0:
             raise ValueError(
                 "a dora band needs dropout 0: with dropout the base product must be computed a second time"
             )
+        if self.init == "pissa" and self.dropout > 0:
+            raise ValueError("init pissa needs dropout 0: dropout would drop parts of the weight itself")
         if self.kind == "adalora":
             if self.loraplus_lr_ratio != 1:
                 raise ValueError("loraplus_lr_ratio has no meaning for adalora: P, Λ and Q share one rate")
@@ -117,10 +143,14 @@ class BandSection(Section):
             raise ValueError(f"the adalora settings have no effect on kind {self.kind!r}")
         return self
 
+    def alpha_of(self, rank: int) -> float:
+        """alpha of a module with that rank: twice the rank where the recipe leaves it out."""
+        return self.alpha if self.alpha is not None else 2.0 * rank
+
     @property
     def resolved_alpha(self) -> float:
-        """alpha, or twice the rank where the recipe leaves it out."""
-        return self.alpha if self.alpha is not None else 2.0 * self.rank
+        """alpha of a module that has the band's rank."""
+        return self.alpha_of(self.rank)
 
     @property
     def smallest_rank(self) -> int:
@@ -133,7 +163,7 @@ class BandSection(Section):
         return self.rank_multiple or (4 if self.rank % 4 == 0 else 1)
 
     @property
-    def schedule(self) -> AdaLoraSection:
+    def adalora_settings(self) -> AdaLoraSection:
         """AdaLoRA's settings, with the defaults where the recipe leaves them out."""
         return self.adalora or AdaLoraSection()
 
@@ -142,4 +172,12 @@ class BandSection(Section):
         """The rank that the matrices are built with: above the target for AdaLoRA, else the rank."""
         if self.kind != "adalora":
             return self.rank
-        return self.schedule.init_rank or max(self.rank + 1, (3 * self.rank) // 2)
+        return self.adalora_settings.init_rank or max(self.rank + 1, (3 * self.rank) // 2)
+
+    def init_rank_of(self, rank: int) -> int:
+        """The rank that the matrices of a module with another rank than the band's are built with."""
+        if rank == self.rank:
+            return self.init_rank
+        if self.init_rank == self.rank:
+            return rank
+        return max(rank + 1, rank * self.init_rank // self.rank)

@@ -24,15 +24,17 @@ from qhybrid.recipe.excerpt import excerpt, excerpt_list
 from qhybrid.recipe.problems import OVERRIDE, as_recipe_error
 from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.shipped import find_shipped, shipped_names
+from qhybrid.recipe.stages import resolved_stages
 from qhybrid.recipe.tasks import (
     OWN_SECTIONS,
     adapter_recipes,
-    inherited,
+    take_over,
     task_recipes,
     with_adapter_recipes,
     without_effect,
 )
 from qhybrid.recipe.training_fields import OWNED_ELSEWHERE
+from qhybrid.recipe.unfold import OVER_ALL_BANDS
 from qhybrid.recipe.yaml_source import (
     MAX_BYTES,
     MAX_DEPTH,
@@ -110,14 +112,17 @@ def resolve(recipe: Recipe) -> Recipe:
         return with_adapter_recipes(recipe, resolved)
     bands = []
     for band in recipe.adapters:
-        filled: dict[str, Any] = {"alpha": band.resolved_alpha}
+        # With a schedule every module has a rank, and an alpha, of its own.
+        own = band.schedule is not None or recipe.schedule is not None or recipe.ranks is not None
+        filled: dict[str, Any] = {"alpha": band.alpha if own else band.resolved_alpha}
         if band.kind == "adalora":
-            filled["adalora"] = band.schedule.model_copy(update={"init_rank": band.init_rank})
+            filled["adalora"] = band.adalora_settings.model_copy(update={"init_rank": band.init_rank})
         else:
-            filled["init"] = band.init or "kaiming"
+            filled["init"] = band.init or (None if recipe.ranks and recipe.ranks.initialise else "kaiming")
         bands.append(band.model_copy(update=filled))
     model = recipe.model.model_copy(update={"adapter_dtype": recipe.adapter_dtype})
-    return recipe.model_copy(update={"model": model, "adapters": tuple(bands)})
+    settled = {"model": model, "adapters": tuple(bands), "stages": resolved_stages(recipe)}
+    return recipe.model_copy(update=settled)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -140,6 +145,9 @@ def _values(recipe: Recipe) -> dict[str, Any]:
             sections = {section: own[section] for section in OWN_SECTIONS}
             values["tasks"].append({"name": task.name, "weight": task.weight, **sections})
         return values
+    if recipe.rank_budget is not None:  # which a band's rank would contradict
+        for band in values["adapters"]:
+            del band["rank"]
     training = type(recipe.training)
     # What another section owns is always at its default here, and refused when given.
     values["training"] = {
@@ -188,6 +196,12 @@ def _apply_override(values: dict[str, Any], override: str, notices: list[str]) -
         foreign = None if parts[0] in SECTIONS else settings_of(key, value)
     except RecipeError as error:
         raise RecipeError(error.message, hint=error.hint, where=OVERRIDE) from None
+    if parts[0] == "adapters":
+        parts = _in_adapters(values, values, parts)
+    elif parts[0] == "tasks" and parts[2:3] == ["adapters"] and isinstance(values.get("tasks"), list):
+        task = values["tasks"][_list_index(values["tasks"], parts[1], override)]
+        if isinstance(task, dict):
+            parts = [*parts[:2], *_in_adapters(task, values, parts[2:])]
     model = values.get("model")
     if key == "bf16" and value is False and isinstance(model, dict) and model.get("dtype") == "float16":
         foreign = []  # no contradiction
@@ -206,6 +220,26 @@ def _apply_override(values: dict[str, Any], override: str, notices: list[str]) -
         else:
             paths.append(_set(values, list(target), converted, override))
     return paths
+
+
+def _in_adapters(values: dict[str, Any], for_all: dict[str, Any], parts: list[str]) -> list[str]:
+    """Where `adapters.schedule.budget` or `adapters.bands.top.rank` stand in translated values.
+
+    Args:
+        values: of the recipe, or of one of its tasks.
+        for_all: of the recipe.
+    """
+    if len(parts) == 1:  # all that may be written inside adapters is replaced
+        for name in OVER_ALL_BANDS:
+            values.pop(name, None)
+        return parts
+    bands = values.get("adapters", for_all.get("adapters"))
+    names = [band.get("band") for band in bands if isinstance(band, dict)] if isinstance(bands, list) else []
+    if parts[1] in names:
+        return parts
+    if parts[1] in OVER_ALL_BANDS:
+        return parts[1:]
+    return [parts[0], *parts[2:]] if parts[1] == "bands" and len(parts) > 2 else parts
 
 
 def _sources(values: dict[str, Any]) -> Any:
@@ -236,7 +270,7 @@ def _set(values: dict[str, Any], parts: list[str], value: Any, override: str) ->
                 at[part] = value
             else:
                 if at.get(part) is None:
-                    found = inherited(values, tuple(path))
+                    found = take_over(values, tuple(path))
                     at[part] = {} if found is None else found
                 at = at[part]
         else:

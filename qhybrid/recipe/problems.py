@@ -44,7 +44,8 @@ def as_recipe_error(
         if len(found) == _MAX_PROBLEMS:
             found.append((f"and {len(problems) - number:,} more problems", None))
             break
-        path = told_at(values, _without_tags(problem["loc"]))
+        inside = getattr((problem.get("ctx") or {}).get("error"), "path", ())  # of a check over several sections
+        path = told_at(values, _without_tags((*problem["loc"], *inside)))
         if path in seen:
             continue  # what another member of a union would have taken
         seen.add(path)
@@ -53,7 +54,7 @@ def as_recipe_error(
         ):
             continue  # a list looks empty when its items were refused
         message, hint = _describe(dict(problem), path)
-        origin = origins.get(path, path)
+        origin = _origin(path, origins)
         from_override = any(
             path[: len(start)] == start or (origin not in source.lines and start[: len(path)] == path)
             for start in overridden
@@ -64,6 +65,14 @@ def as_recipe_error(
     if len(found) == 1:
         return RecipeError(found[0][0], hint=found[0][1])
     return RecipeError("\n".join(f"{line} ({hint})" if hint else line for line, hint in found))
+
+
+def _origin(path: KeyPath, origins: dict[KeyPath, KeyPath]) -> KeyPath:
+    """Where `path` was written, if it or what it is part of was moved."""
+    for length in range(len(path), 0, -1):
+        if path[:length] in origins:
+            return (*origins[path[:length]], *path[length:])
+    return path
 
 
 def _without_tags(location: tuple[int | str, ...]) -> KeyPath:

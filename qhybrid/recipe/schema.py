@@ -8,13 +8,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from qhybrid.recipe.band import LONGEST_LAYERS, BandSection
+from qhybrid.recipe.band import LONGEST_LAYERS, BandSection, named_bands
 from qhybrid.recipe.data import DataSection
 from qhybrid.recipe.data import SourceSection as SourceSection
 from qhybrid.recipe.distributed import DistributedSection
 from qhybrid.recipe.excerpt import excerpt
+from qhybrid.recipe.monitoring import MonitoringSection
+from qhybrid.recipe.ranks import DataRanks, Schedule, expand_rank_names
 from qhybrid.recipe.section import Section, or_also
-from qhybrid.recipe.tasks import OWN_SECTIONS, TaskSection, check_tasks, fill_tasks, named_bands
+from qhybrid.recipe.stage_checks import check_stages
+from qhybrid.recipe.stages import Stages
+from qhybrid.recipe.sweep import SweepSection
+from qhybrid.recipe.tasks import OWN_SECTIONS, TaskSection, check_tasks, fill_tasks
 from qhybrid.recipe.training_fields import TrainingSection
 from qhybrid.units import parse_bytes
 
@@ -108,12 +113,18 @@ class Recipe(Section):
 
     model: ModelSection
     quantization: QuantizationSection = QuantizationSection()
-    adapters: Annotated[tuple[BandSection, ...], Field(min_length=1, strict=False)]
+    adapters: Annotated[tuple[BandSection, ...], Field(min_length=1, strict=False), or_also({"type": "object"})]
+    # One budget spread over all bands. Also to be written as adapters: {schedule: …, bands: […]}.
+    schedule: Schedule | None = None
+    ranks: DataRanks | None = None
     data: DataSection
     training: TrainingSection = TrainingSection()
     memory: MemorySection = MemorySection()
     distributed: DistributedSection = DistributedSection()
-    # Several adapters on one base model. adapters, data and training are then what tasks leave out.
+    stages: Stages = ()
+    monitoring: MonitoringSection = MonitoringSection()
+    sweep: SweepSection | None = None  # what `qhybrid ranks sweep` runs; `qhybrid sft` leaves it alone
+    # Several adapters on one base model. What they may have of their own, the sections above say for the others.
     tasks: Annotated[tuple[TaskSection, ...], Field(strict=False)] = ()
     shared: BandSection | None = None  # an adapter that all tasks train beside their own
     output_dir: Annotated[str, Field(min_length=1)]
@@ -123,6 +134,12 @@ class Recipe(Section):
     def _home_is_spelt_out(cls, value: str) -> str:
         _possible(value)
         return os.path.expanduser(value)
+
+    @property
+    def rank_budget(self) -> int | None:
+        """Σ r·(in + out) of all bands, where the recipe gives it as one number."""
+        spread = self.schedule or self.ranks
+        return spread.budget if spread else None
 
     @property
     def adapter_dtype(self) -> Dtype:
@@ -138,11 +155,6 @@ class Recipe(Section):
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
         return batch * self.distributed.processes
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_the_tasks(cls, values: Any) -> Any:
-        return fill_tasks(values)
-
     @model_validator(mode="after")
     def _tasks_agree(self) -> Self:
         check_tasks(self)
@@ -153,6 +165,20 @@ class Recipe(Section):
         if self.distributed.processes > 1 and not self.training.average_tokens_across_devices:
             raise ValueError(
                 "training.average_tokens_across_devices: false weighs the tokens of several processes unequally"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_preconditioner_has_its_gradients(self) -> Self:
+        training = self.training
+        if training.preconditioner is None:
+            if training.preconditioner_delta != type(training).model_fields["preconditioner_delta"].default:
+                raise ValueError("training.preconditioner_delta has no effect without training.preconditioner")
+            return self
+        if any(band.kind == "adalora" and band.adalora_settings.regularizer_in_scores for band in self.adapters):
+            raise ValueError(
+                "training.preconditioner does not go with adalora.regularizer_in_scores: the regulariser is added "
+                "after it, and the scores are taken before"
             )
         return self
 
@@ -174,10 +200,44 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_the_bands(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or not isinstance(values.get("adapters"), (list, tuple)):
-            return values
-        return {**values, "adapters": named_bands(values["adapters"])}
+    def _expand_short_forms(cls, values: Any) -> Any:
+        return expand_rank_names(named_bands(fill_tasks(values)))
+
+    @model_validator(mode="after")
+    def _one_way_to_ranks(self) -> Self:
+        if self.schedule and self.ranks:
+            raise ValueError("schedule and ranks both decide the ranks; give one of them")
+        if self.schedule or self.ranks:
+            name = "schedule" if self.schedule else "ranks"
+            for band in self.adapters:
+                if band.schedule is not None:
+                    raise ValueError(f"band {band.band!r} has a schedule of its own beside {name} over all bands")
+                if self.rank_budget is not None and "rank" in band.model_fields_set:
+                    raise ValueError(
+                        f"the rank of band {band.band!r} has no effect beside {name}.budget; remove one of them"
+                    )
+        if self.ranks:
+            for band in self.adapters:
+                if band.kind == "adalora":
+                    raise ValueError(
+                        f"ranks {self.ranks.method}: band {band.band!r} of kind adalora finds its own"
+                    )
+                if band.init == "pissa":
+                    raise ValueError(
+                        f"ranks {self.ranks.method} decides after the base is loaded, and init: pissa of band "
+                        f"{band.band!r} must be known before"
+                    )
+                if self.ranks.initialise and band.init is not None:
+                    raise ValueError(
+                        f"init of band {band.band!r} has no effect beside ranks {self.ranks.method}, which "
+                        "initialises too; remove it, or set ranks.initialise: false"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_can_happen(self) -> Self:
+        check_stages(self)
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -189,6 +249,10 @@ class Recipe(Section):
             raise ValueError("data.chat_template and training.chat_template_path both name a template")
         has_eval = bool(self.data.eval_sources) or self.data.eval_fraction > 0
         training = self.training
+        if self.sweep and not has_eval:
+            raise ValueError("sweep needs data.eval_sources or data.eval_fraction")
+        if self.sweep and self.sweep.prune and training.eval_strategy != "steps":
+            raise ValueError("sweep.prune needs training.eval_strategy: steps, and eval_steps")
         if training.fp16 and self.model.dtype != "float16":
             raise ValueError("training.fp16 needs model.dtype: float16")
         if training.bf16 and self.model.dtype != "bfloat16":

@@ -8,23 +8,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
 from qhybrid.errors import QhybridError
-from qhybrid.recipe.band import BandSection
+from qhybrid.recipe.band import BandSection, named_bands
 from qhybrid.recipe.data import DataSection
 from qhybrid.recipe.excerpt import excerpt
-from qhybrid.recipe.section import Section
+from qhybrid.recipe.ranks import DataRanks, Schedule, expand_rank_names
+from qhybrid.recipe.section import Section, or_also
+from qhybrid.recipe.stages import Stages
 from qhybrid.recipe.training_fields import TrainingSection
+from qhybrid.recipe.unfold import OVER_ALL_BANDS
 
 if TYPE_CHECKING:
     from qhybrid.recipe.schema import Recipe
 
 FOLDER = "tasks"  # of the runs of the tasks, in the run folder
 SHARED = "shared"  # in the place of a task's name
-OWN_SECTIONS = ("adapters", "data", "training")  # a task's own; what it leaves out, the recipe says for all
-_BY_KEY = ("data", "training")  # a task may give some of their keys; adapters are taken as a whole
+# A task's own; what it leaves out, the recipe says for all. But adapters of its own come with ranks of their own.
+OWN_SECTIONS = ("adapters", *OVER_ALL_BANDS, "stages", "data", "training")
+_BY_KEY = ("data", "training")  # a task may give some of their keys; the others are taken as a whole
 
 # The libraries keep these once for a process.
 ONE_FOR_ALL = (
@@ -46,9 +50,17 @@ class TaskSection(Section):
 
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
     weight: Annotated[float, Field(gt=0)] = 1.0  # of its optimizer steps among those of the others
-    adapters: Annotated[tuple[BandSection, ...], Field(min_length=1, strict=False)]
+    adapters: Annotated[tuple[BandSection, ...], Field(min_length=1, strict=False), or_also({"type": "object"})]
+    schedule: Schedule | None = None
+    ranks: DataRanks | None = None
+    stages: Stages = ()
     data: DataSection
     training: TrainingSection = TrainingSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_short_forms(cls, values: Any) -> Any:
+        return expand_rank_names(named_bands(values))
 
 
 def fill_tasks(values: Any) -> Any:
@@ -61,31 +73,18 @@ def fill_tasks(values: Any) -> Any:
     if not isinstance(given, (list, tuple)) or not all(isinstance(task, dict) for task in given):
         return values
     tasks = [dict(task) for task in given]
-    for task in tasks:
+    for index, task in enumerate(tasks):
         for section in OWN_SECTIONS:
             whole, own = values.get(section), task.get(section)
-            if own is None and whole is not None:
+            if own is None and whole is not None and not _replaces(given[index], (section,)):
                 task[section] = whole
             elif section in _BY_KEY and isinstance(own, dict) and isinstance(whole, dict):
                 task[section] = {**whole, **own}
-        if isinstance(task.get("adapters"), (list, tuple)):
-            task["adapters"] = named_bands(task["adapters"])
     filled = {section: tasks[0][section] for section in OWN_SECTIONS if section in tasks[0]}
     if isinstance(values.get("shared"), dict):
         filled["shared"] = {"band": "shared", **values["shared"]}
-    return {**values, **filled, "tasks": tasks}
-
-
-def named_bands(bands: list | tuple) -> list:
-    """Raw bands, of which those without a name are called after their layers or their place in the list."""
-    named = []
-    for index, band in enumerate(bands):
-        if isinstance(band, dict) and "band" not in band:
-            layers = band.get("layers", "all")
-            name = layers if isinstance(layers, str) and layers.isalpha() else f"band{index}"
-            band = {"band": name, **band}
-        named.append(band)
-    return named
+    for_all = {key: value for key, value in values.items() if key not in OWN_SECTIONS}
+    return {**for_all, **filled, "tasks": tasks}
 
 
 def without_effect(values: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -95,17 +94,27 @@ def without_effect(values: Mapping[str, Any]) -> tuple[str, ...] | None:
         return None
     for section in OWN_SECTIONS:
         for path in _paths(values, section):
-            if all(_gives(task, path) for task in tasks):
+            if all(_replaces(task, path) for task in tasks):
                 return path
     return None
 
 
-def inherited(values: Mapping[str, Any], path: tuple[int | str, ...]) -> Any:
-    """What a task has at `path` as long as it says nothing itself, to be changed for this task alone."""
-    if path[:1] != ("tasks",) or len(path) != (4 if len(path) > 2 and path[2] in _BY_KEY else 3):
+def take_over(values: Mapping[str, Any], path: tuple[int | str, ...]) -> Any:
+    """What a task has at `path` as long as it says nothing itself, to be changed for this task alone.
+
+    With adapters the task gets the ranks that come with them as its own.
+    """
+    inner = path[2:]
+    if path[:1] != ("tasks",) or len(inner) != (2 if inner[:1] and inner[0] in _BY_KEY else 1):
         return None
+    task = values["tasks"][path[1]]
+    if _replaces(task, inner):
+        return None
+    if inner[0] == "adapters":
+        left_out = [name for name in OVER_ALL_BANDS if task.get(name) is None and name in values]
+        task |= {name: copy.deepcopy(values[name]) for name in left_out}
     found: Any = values
-    for part in path[2:]:
+    for part in inner:
         found = found.get(part) if isinstance(found, Mapping) else None
     return copy.deepcopy(found)
 
@@ -162,7 +171,8 @@ def adapter_recipes(recipe: Recipe) -> dict[str, Recipe]:
     """`task_recipes`, and before them, as SHARED, what all tasks share, as if it were alone."""
     if recipe.shared is None:
         return task_recipes(recipe)
-    shared = recipe.model_copy(update={"adapters": (recipe.shared,), "tasks": (), "shared": None})
+    alone = {"adapters": (recipe.shared,), "schedule": None, "ranks": None, "stages": ()}
+    shared = recipe.model_copy(update={**alone, "tasks": (), "shared": None})
     return {SHARED: shared, **task_recipes(recipe)}
 
 
@@ -190,6 +200,8 @@ def check_tasks(recipe: Recipe) -> None:
         return
     if not recipe.distributed.is_single:
         raise _refused(("distributed",), "tasks train in one process without ZeRO: leave distributed out")
+    if recipe.sweep is not None:
+        raise _refused(("sweep",), "a sweep compares adapters of one task: leave tasks or sweep out")
     names = [task.name for task in recipe.tasks]
     for index, name in enumerate(names):
         if name in names[:index]:
@@ -205,8 +217,11 @@ def check_tasks(recipe: Recipe) -> None:
             type(recipe).model_validate({name: getattr(own, name) for name in type(recipe).model_fields})
         except ValidationError as error:
             problem = error.errors()[0]
-            message = str(problem.get("ctx", {}).get("error", problem["msg"]))
-            raise _refused(("tasks", index), message) from None
+            found = problem.get("ctx", {}).get("error", problem["msg"])
+            raise _refused(("tasks", index), found) from None
+    for place, band in _bands(recipe).items():
+        if band.init == "pissa":
+            raise _refused((*place, "init"), "pissa takes a part out of the weights, and tasks have the same ones")
     _require_one(recipe, ONE_FOR_ALL, "is one for the whole process")
     if recipe.shared is not None:
         _check_shared(recipe, recipe.shared)
@@ -218,20 +233,21 @@ def _check_shared(recipe: Recipe, shared: BandSection) -> None:
     for index, task in enumerate(recipe.tasks):
         if task.name == SHARED:
             raise _refused(("tasks", index, "name"), "beside shared no task can have that name")
-    places = {("shared", "kind"): shared} | {
-        ("tasks", index, "adapters", number, "kind"): band
-        for index, task in enumerate(recipe.tasks)
-        for number, band in enumerate(task.adapters)
-    }
-    for place, band in places.items():
+    for place, band in _bands(recipe).items():
         if band.kind not in ("lora", "rslora"):
-            raise _refused(
-                place, f"{band.kind} makes no sum with another adapter: beside shared there are lora and rslora"
-            )
+            message = f"{band.kind} makes no sum with another adapter: beside shared there are lora and rslora"
+            raise _refused((*place, "kind"), message)
     _require_one(recipe, ONE_FOR_SHARED, "is one for all beside shared")
     for index, task in enumerate(recipe.tasks):
         training = task.training
         at = ("tasks", index, "training")
+        if task.ranks is not None:
+            message = "data cannot decide the ranks beside shared, where the adapter is two; a schedule can"
+            raise _refused(("tasks", index, "ranks"), message)
+        if task.stages:
+            raise _refused(("tasks", index, "stages"), "beside shared an adapter stays as it begins")
+        if training.preconditioner is not None:
+            raise _refused((*at, "preconditioner"), "beside shared there are two adapters in one step")
         if not training.optim.startswith(_ONE_PARAMETER_AT_A_TIME):
             raise _refused((*at, "optim"), f"{training.optim} cannot share its states; use an AdamW beside shared")
         if training.load_best_model_at_end or training.save_strategy == "best":
@@ -241,6 +257,16 @@ def _check_shared(recipe: Recipe, shared: BandSection) -> None:
             )
         if training.save_only_model:
             raise _refused((*at, "save_only_model"), "beside shared a checkpoint is for all to go on from")
+
+
+def _bands(recipe: Recipe) -> dict[tuple[int | str, ...], BandSection]:
+    """Every band, by its place in the recipe."""
+    bands: dict[tuple[int | str, ...], BandSection] = {}
+    if recipe.shared is not None:
+        bands["shared",] = recipe.shared
+    for index, task in enumerate(recipe.tasks):
+        bands |= {("tasks", index, "adapters", number): band for number, band in enumerate(task.adapters)}
+    return bands
 
 
 def _require_one(recipe: Recipe, names: tuple[str, ...], why: str) -> None:
@@ -268,6 +294,12 @@ def _gives(values: Any, path: tuple[int | str, ...]) -> bool:
     return path[0] not in _BY_KEY or len(path) == 1 or (isinstance(given, dict) and path[1] in given)
 
 
-def _refused(place: tuple[int | str, ...], message: str) -> ValidationError:
-    details = InitErrorDetails(type="value_error", loc=place, input=None, ctx={"error": ValueError(message)})
+def _replaces(task: Any, path: tuple[int | str, ...]) -> bool:
+    """Whether a task does without what the recipe says for all at `path`."""
+    return _gives(task, path) or (path[0] in OVER_ALL_BANDS and _gives(task, ("adapters",)))
+
+
+def _refused(place: tuple[int | str, ...], found: str | Exception) -> ValidationError:
+    error = ValueError(found) if isinstance(found, str) else found
+    details = InitErrorDetails(type="value_error", loc=place, input=None, ctx={"error": error})
     return ValidationError.from_exception_data("Recipe", [details])

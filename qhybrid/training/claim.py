@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from qhybrid.errors import RunFolderError
 from qhybrid.recipe.load import parse_recipe
 from qhybrid.recipe.schema import Recipe
@@ -20,11 +18,12 @@ from qhybrid.recipe.tasks import FOLDER, task_recipes
 from qhybrid.redaction import redacted_values
 from qhybrid.training.checkpoint import choose, remove_leftovers
 from qhybrid.training.events import read_events
-from qhybrid.training.run import STATE, Run
+from qhybrid.training.run import STATE, Run, is_alive
 
 _LEFT_BY_A_RUN = (
     "adapter", ".adapter.partial", "checkpoints", "events.jsonl", "audit.json", "layout.json", "plan.json",
-    "tensorboard", "recipe.yaml", "run.json", "base.json", "deepspeed.json", FOLDER,
+    "tensorboard", "recipe.yaml", "run.json", "base.json", "deepspeed.json", "report.html", "samples.json",
+    FOLDER,
 )  # fmt: skip
 _REPLACED = ".replaced"  # an earlier run, until its successor has taken a step
 
@@ -160,7 +159,7 @@ def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
             f"output_dir {run.folder} holds files that are not from a run of qhybrid",
             hint="choose another output_dir; nothing was changed",
         )
-    if status["status"] == "running" and _is_alive(status.get("process", {})):
+    if status["status"] == "running" and is_alive(status.get("process", {})):
         raise _going_on(run.folder, f"process {status['process']['pid']}")
     if overwrite or (status["status"] != "finished" and not _has_trained(run)):
         return
@@ -178,17 +177,6 @@ def check_claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     _same_recipe(run, recipe)
 
 
-def _is_alive(process: dict[str, Any]) -> bool:
-    """Whether the process that wrote run.json still runs; the start time tells it from a reused number."""
-    try:
-        other = psutil.Process(process["pid"])
-        if other.status() == psutil.STATUS_ZOMBIE:  # killed, and not yet collected by its parent
-            return False
-        return other.pid != os.getpid() and abs(other.create_time() - process["started"]) < 1
-    except (psutil.Error, KeyError, TypeError):
-        return False
-
-
 def _has_trained(run: Run) -> bool:
     """Whether the run took a step."""
     if run.adapter.exists() or (run.checkpoints.is_dir() and any(run.checkpoints.glob("checkpoint-*"))):
@@ -203,7 +191,7 @@ _MAY_DIFFER = (
     "training.logging_steps", "training.report_to", "training.run_name", "training.save_total_limit",
     "training.gradient_checkpointing", "training.per_device_eval_batch_size", "memory.vram",
     "memory.on_exceed", "memory.checkpoint_layers", "training.activation_checkpointing", "distributed.offload",
-    "distributed.zero_stage",
+    "distributed.zero_stage", "monitoring", "sweep",
 )  # fmt: skip
 # They may differ as long as an optimizer step takes as many rows: the same ones then.
 _SPLIT = (
@@ -219,45 +207,48 @@ def _same_recipe(run: Run, recipe: Recipe) -> None:
     if not run.recipe_file.is_file():
         return
     old, _ = parse_recipe(run.recipe_file.read_text(encoding="utf-8"), str(run.recipe_file))
-    changed = _changes(old, recipe)
+    changed = changes_between(old, recipe)
     if changed:
-        shown = "; ".join(f"{key}: {before} → {now}" for key, before, now in changed[:5])
         raise RunFolderError(
-            f"the run in {run.folder} was started with another recipe ({shown})",
+            f"the run in {run.folder} was started with another recipe ({'; '.join(changed[:5])})",
             hint=f"resume with the recipe it was started with ({run.recipe_file} shows it), or choose another "
             "output_dir",
         )
 
 
-def _changes(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
-    """The keys that make another run, with their values before and now."""
-    if old.tasks or new.tasks:
-        return _changes_of_tasks(old, new)
-    # As it was written: without secrets, and with the home folder as "~".
-    before, now = (_flat(redacted_values(r.model_dump(mode="json"))) for r in (old, new))
+def changes_between(old: Recipe, recipe: Recipe, may_differ: tuple[str, ...] = _MAY_DIFFER) -> list[str]:
+    """What differs between the recipe of a run and the one it is to go on with, as "key: before → now".
+
+    Args:
+        old: as it was written: without secrets, and with the home folder as "~".
+        may_differ: how the keys begin that change neither the data nor the mathematics.
+    """
+    if old.tasks or recipe.tasks:
+        return _changes_of_tasks(old, recipe)
+    before, now = (_flat(redacted_values(r.model_dump(mode="json"))) for r in (old, recipe))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    changed = [key for key in changed if not key.startswith(_MAY_DIFFER) and not _DATA_PATH.fullmatch(key)]
-    rows_before, rows_now = (r.rows_per_step for r in (old, new))
+    changed = [key for key in changed if not key.startswith(may_differ) and not _DATA_PATH.fullmatch(key)]
+    rows_before, rows_now = (r.rows_per_step for r in (old, recipe))
     # Rows that do not fill a batch are dropped with dataloader_drop_last: other ones with another split.
-    if rows_before == rows_now and not new.training.dataloader_drop_last:
+    if rows_before == rows_now and not recipe.training.dataloader_drop_last:
         changed = [key for key in changed if key not in _SPLIT]
     elif rows_before != rows_now:
         changed = ["rows of a step", *changed]
         before["rows of a step"], now["rows of a step"] = rows_before, rows_now
-    return [(key, before.get(key), now.get(key)) for key in changed]
+    return [f"{key}: {before.get(key)} → {now.get(key)}" for key in changed]
 
 
-def _changes_of_tasks(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
-    names = [[task.name for task in recipe.tasks] for recipe in (old, new)]
-    if names[0] != names[1]:
-        return [("tasks", *(", ".join(each) or "none" for each in names))]
+def _changes_of_tasks(old: Recipe, new: Recipe) -> list[str]:
+    before, now = ([task.name for task in recipe.tasks] for recipe in (old, new))
+    if before != now:
+        return [f"tasks: {', '.join(before) or 'none'} → {', '.join(now) or 'none'}"]
     changed = []
     if old.shared or new.shared:  # then their order is part of the result
-        weights = [[task.weight for task in recipe.tasks] for recipe in (old, new)]
-        changed = [(key, *pair) for key, *pair in (("shared", old.shared, new.shared), ("weights", *weights))]
-        changed = [change for change in changed if change[1] != change[2]]
+        weights = ([task.weight for task in recipe.tasks] for recipe in (old, new))
+        pairs = {"shared": (old.shared, new.shared), "weights": tuple(weights)}
+        changed = [f"{key}: {a} → {b}" for key, (a, b) in pairs.items() if a != b]
     parts = zip(task_recipes(old).items(), task_recipes(new).values(), strict=True)
-    return changed + [(f"{name}: {key}", *pair) for (name, a), b in parts for key, *pair in _changes(a, b)]
+    return changed + [f"{name}: {change}" for (name, a), b in parts for change in changes_between(a, b)]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,19 @@ class EventLog:
 
 def read_events(file: Path, event: str | None = None) -> list[dict[str, Any]]:
     """All events of a log, or those of one kind. A last line that was cut off by a crash is left out."""
-    events = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if event is None or record.get("event") == event:
-            events.append(record)
-    return events
+    return [record for record in iterate_events(file) if event is None or record.get("event") == event]
+
+
+def iterate_events(file: Path) -> Iterator[dict[str, Any]]:
+    """The events of a log one after the other, never all in memory; a line that is none is left out."""
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict):
+                yield record
 
 
 def _ends_a_line(file: Path) -> bool:

@@ -11,19 +11,20 @@ from typing import Any
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.base.facts import model_facts
+from qhybrid.base.principal import PISSA
 from qhybrid.disk import write_atomically
 from qhybrid.errors import MemoryPlanError, ModelError
 from qhybrid.planner.advise import ways_to_fit
 from qhybrid.planner.holdings import adalora_scores, adapter_bytes, optimizer_states
 from qhybrid.planner.optimizers import rule_of
 from qhybrid.planner.plan import Budget, Plan, RankCap, make_plan
-from qhybrid.planner.solve import rank_caps, solve_rank, with_ranks
+from qhybrid.planner.solve import asked_ranks, rank_caps, solve_rank, with_ranks
 from qhybrid.planner.tasks import lower_ranks, plan_tasks, task_caps, ways_to_fit_tasks, with_task_caps
 from qhybrid.planner.workload import WIDTHS, Device
 from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.tasks import task_recipes
 from qhybrid.training.run import Run
-from qhybrid.units import format_bytes
+from qhybrid.units import format_bytes, format_count
 
 Longest = int | None | Mapping[str, int | None]  # tokens of the longest row; of each task, where there are several
 
@@ -147,13 +148,14 @@ def smaller_plan(
 
 
 def checkpoint_bytes(recipe: Recipe, layout: Layout) -> int:
-    """What a checkpoint takes on the disk, about: adapters, the optimizer's states and AdaLoRA's averages.
+    """What a checkpoint takes on the disk, about: adapters, PiSSA's first ones, optimizer states and scores.
 
     Beside them are the layout and the names of all tensors, about 1 KiB for each module, and random states.
     """
     width = WIDTHS[recipe.adapter_dtype]
     states = optimizer_states(layout, width, rule_of(recipe.training.optim), 1, "cpu")
     beside = 1024 * len(layout) + 32_768
+    beside += sum(width * row.rank * (row.in_features + row.out_features) for row in layout if row.init == PISSA)
     return sum(adapter_bytes(layout, width, 1).values()) + sum(states) + adalora_scores(layout, 1) + beside
 
 
@@ -180,7 +182,7 @@ def with_earlier_caps(recipe: Recipe) -> Recipe:
     caps = earlier_caps(recipe) or ()
     if recipe.tasks:
         return with_task_caps(recipe, caps)
-    if {cap.band: cap.asked for cap in caps} != {band.band: band.rank for band in recipe.adapters}:
+    if {cap.band: cap.asked for cap in caps} != asked_ranks(recipe):
         return recipe  # nothing was capped, or another recipe: the claim on the folder will say so
     return with_ranks(recipe, {cap.band: cap.got for cap in caps})
 
@@ -190,9 +192,14 @@ def plan_lines(plan: Plan) -> list[str]:
     lines = []
     for cap in plan.caps:
         if cap.got < cap.asked:
-            lines.append(f"note: band {cap.band} gets rank {cap.got} instead of {cap.asked}: more does not fit")
+            lines.append(f"note: {cap.told}: more does not fit")
     limit = f" of {format_bytes(plan.budget.vram)}" if plan.budget.vram is not None else ""
     what = "" if plan.device == "cpu" else f", {format_bytes(plan.allocated)} of them in tensors"
+    at_most = plan.largest.num_parameters
+    if at_most > plan.layout.num_parameters:
+        lines.append(
+            f"stages   may make the trained parameters {format_count(at_most)}; the memory is planned for it"
+        )
     lines.append(f"memory   {format_bytes(plan.needed)}{limit} needed{what}; most in: {plan.moment}")
     if plan.fits is False:
         lines.append("note: the plan does not fit; memory.on_exceed: ignore lets it run")

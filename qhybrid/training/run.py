@@ -5,11 +5,13 @@ layout.json      one row for each module        audit.json    what became of eve
 events.jsonl     one line for each step         checkpoints/  to resume from
 adapter/         the result                      plan.json     the memory it should take
 deepspeed.json   what DeepSpeed was told         base.json     hashes of the base model's files
+report.html      what qhybrid report draws       samples.json  answers before and after, for the report
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -58,6 +60,8 @@ class Run:
     )
     adapter = property(lambda self: self.folder / "adapter")
     claimed = property(lambda self: self.whole or self.folder)
+    report_file = property(lambda self: self.folder / "report.html")
+    samples_file = property(lambda self: self.folder / "samples.json")
 
     def write_status(self, status: Status, **facts: Any) -> None:
         """Record the run's state in run.json, in one step."""
@@ -84,6 +88,17 @@ class Run:
         if not isinstance(content, dict) or not isinstance(content.get("versions"), dict):
             return None
         return content if "status" in content and "qhybrid" in content["versions"] else None
+
+
+def is_alive(process: dict[str, Any]) -> bool:
+    """Whether the process that wrote run.json still runs; the start time tells it from a reused number."""
+    try:
+        other = psutil.Process(process["pid"])
+        if other.status() == psutil.STATUS_ZOMBIE:  # killed, and not yet collected by its parent
+            return False
+        return other.pid != os.getpid() and abs(other.create_time() - process["started"]) < 1
+    except (psutil.Error, KeyError, TypeError):
+        return False
 
 
 def begin(run: Run, recipe: Recipe, data_fingerprint: str, base: Mapping[str, Any], date: str) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec, read_spec
 from qhybrid.base.fingerprint import config_hash
-from qhybrid.base.load import load_base
 from qhybrid.base.locate import find_local, hub_commit
 from qhybrid.base.tokenizer import load_tokenizer, save_tokenizer
 from qhybrid.data.prepare import PreparedData, prepare_data
@@ -36,15 +35,19 @@ from qhybrid.disk import whole_folder, write_atomically
 from qhybrid.errors import AllocationError, RecipeError, TrainingError
 from qhybrid.planner.memory import zero_setup
 from qhybrid.planner.plan import Plan
+from qhybrid.ranks.decide import InitialValues
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.arguments import training_arguments
 from qhybrid.training.callbacks.allocate import AllocateRanks
+from qhybrid.training.callbacks.monitor import Monitor
 from qhybrid.training.callbacks.record import RecordSteps
 from qhybrid.training.callbacks.replace import DiscardReplaced
+from qhybrid.training.callbacks.stages import BeginStages
 from qhybrid.training.callbacks.stop import StopWhenAsked
 from qhybrid.training.callbacks.watch import WatchLoss
 from qhybrid.training.checkpoint import require_space
 from qhybrid.training.culprits import rows_of
+from qhybrid.training.data_ranks import rank_by_data
 from qhybrid.training.display import NamedConsole, ProgressDisplay
 from qhybrid.training.events import EventLog
 from qhybrid.training.memory import is_out_of_memory
@@ -53,8 +56,10 @@ from qhybrid.training.planning import checkpoint_bytes, write_plan
 from qhybrid.training.processes import place
 from qhybrid.training.run import Run, begin, check_base, versions
 from qhybrid.training.signals import StopSignals
+from qhybrid.training.stage_plan import check_stage_plan
 from qhybrid.training.summary import figures_of, predicted_memory
 from qhybrid.training.trainer import BandedTrainer
+from qhybrid.training.trainer_stages import read_layout
 from qhybrid.training.zero import deepspeed_config
 
 
@@ -85,7 +90,7 @@ def read_inputs(recipe: Recipe, base: Path, data_folder: Path, date: str) -> Inp
         date: what chat templates that write the date are told (ISO 8601).
     """
     spec = read_spec(base)
-    build_layout(recipe.adapters, spec)
+    check_stage_plan(recipe, build_layout(recipe, spec))
     training_arguments(recipe, Path(recipe.output_dir))
     tokenizer = load_tokenizer(recipe.model)
     return Inputs(spec, tokenizer, prepare_data(recipe, tokenizer, base_folder=data_folder, date=date))
@@ -105,11 +110,16 @@ class Prepared:
     @classmethod
     def of(cls, recipe: Recipe, inputs: Inputs, plan: Plan, expected: Plan) -> Prepared:
         """The recipe as its plan left it, with what follows from it."""
-        layout = build_layout(recipe.adapters, inputs.spec)
+        layout = build_layout(recipe, inputs.spec)
         deepspeed = None
         if recipe.distributed.zero_stage:
             deepspeed = deepspeed_config(recipe, zero_setup(recipe, inputs.spec, layout))
         return cls(recipe, inputs, layout, plan, expected, deepspeed)
+
+
+def prepared_for(prepared: Prepared, run: Run) -> Prepared:
+    """What a claimed run begins with: stages and data may have changed the layout before its checkpoint."""
+    return prepared if run.resume_from is None else replace(prepared, layout=read_layout(run.resume_from))
 
 
 @dataclass(frozen=True)
@@ -127,14 +137,9 @@ def base_facts(recipe: Recipe, base: Path, run: Run) -> BaseFacts:
     return BaseFacts(base, commit, check_base(run, base))
 
 
-def load_model(recipe: Recipe) -> PreTrainedModel:
-    """The base model, where the recipe trains it."""
-    return load_base(recipe.model, recipe.quantization, device="cpu" if recipe.training.use_cpu else None)
-
-
 def write_beginning(run: Run, prepared: Prepared, base: BaseFacts, date: str) -> None:
     """Write what is known before training."""
-    require_space(run.folder, checkpoint_bytes(prepared.recipe, prepared.layout))
+    require_space(run.folder, checkpoint_bytes(prepared.recipe, prepared.plan.largest))
     begin(run, prepared.recipe, prepared.inputs.data.fingerprint, base.files, date)
     write_atomically(run.layout_file, prepared.layout.to_json())
     write_plan(run, prepared.plan, prepared.expected)
@@ -191,6 +196,7 @@ class Session:
         self._console, self._signals = console, signals
         self.expected = expected or prepared.expected
         self._as_override, self._clock = as_override, clock
+        self._initial: InitialValues = {}
         self.events = EventLog(run.events_file if place().is_main else Path(os.devnull))
         self._predicted = predicted_memory(self.expected)
         self.events.write("plan", predicted=self._predicted, moments=self.expected.prediction.moments)
@@ -198,6 +204,16 @@ class Session:
     def say(self, text: str) -> None:
         """A line on the console."""
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def rank_by_data(self, model: PreTrainedModel) -> None:
+        """Let the data decide the ranks, where the recipe says so and no checkpoint has them. Together."""
+        prepared = self.prepared
+        if prepared.recipe.ranks is None or self.run.resume_from is not None:
+            return
+        layout, self._initial = rank_by_data(
+            prepared.recipe, prepared.layout, model, prepared.inputs.data.train, self.run, self._report
+        )
+        self.prepared = replace(prepared, layout=layout)
 
     def build(self, model: PreTrainedModel, *last: TrainerCallback) -> None:
         """Attach the adapters to the base model, and make the trainer.
@@ -217,6 +233,8 @@ class Session:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(AllocateRanks(trainer, self.events))
+        trainer.add_callback(BeginStages(trainer, self.run, self._report))
+        trainer.add_callback(Monitor(trainer, self.events, self.run.events_file))
         trainer.add_callback(RecordSteps(trainer, self.events, self._display, self._clock))
         if place().is_main:
             trainer.add_callback(DiscardReplaced(self.run))
@@ -248,6 +266,8 @@ class Session:
         with whole_folder(self.run.adapter) as folder:
             self.save(folder)
             save_tokenizer(self.prepared.inputs.tokenizer, folder)
+        # The best checkpoint may be of an earlier stage.
+        write_atomically(self.run.layout_file, self.layout.to_json())
         self._require_allocations()
         figures = figures_of(self.trainer, self.events, self.run, seconds=self._clock() - self._began)
         figures |= {f"predicted_{name}": value for name, value in self._predicted.items()}
@@ -258,7 +278,10 @@ class Session:
         """The base model with new adapters."""
         recipe = self.prepared.recipe
         set_seed(recipe.training.seed)  # the adapters' initial values, as in trl
-        return attach(model, self.prepared.layout, dtype=getattr(torch, recipe.adapter_dtype))
+        dtype = getattr(torch, recipe.adapter_dtype)
+        adapted = attach(model, self.prepared.layout, dtype=dtype, initial=self._initial)
+        self._initial = {}  # they may be large
+        return adapted
 
     def make_trainer(self, **settings: Any) -> BandedTrainer:
         """The trainer with these arguments."""
@@ -266,7 +289,12 @@ class Session:
 
     def save(self, folder: Path) -> None:
         """Write what was trained as an adapter folder."""
-        save_adapter(self.trainer.model, self.prepared.layout, self.info, folder)
+        save_adapter(self.trainer.model, self.layout, self.info, folder)
+
+    @property
+    def layout(self) -> Layout:
+        """That of the adapter as it is saved."""
+        return self.trainer.layout
 
     def stopped(self, error: BaseException) -> BaseException:
         """Write down what ended the run; the error to raise for it, which is another one where that tells more."""
@@ -320,8 +348,9 @@ class Session:
             raise RecipeError(f"training: {' '.join(str(error).split())}") from error
 
     def _require_allocations(self) -> None:
+        frozen = self.trainer.stages.frozen if self.trainer.stages else ()
         for allocator in self.trainer.allocators:
-            if allocator.num_allocations == 0:
+            if allocator.num_allocations == 0 and allocator.band not in frozen:
                 schedule = allocator.schedule
                 first = min(schedule.warmup_steps + schedule.interval, schedule.last_allocation)
                 raise AllocationError(

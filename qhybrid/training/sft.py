@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from qhybrid.base.load import load_base, resolve_device
 from qhybrid.base.locate import model_folder
 from qhybrid.errors import (
     DataError,
@@ -20,6 +21,7 @@ from qhybrid.recipe.load import LoadedRecipe
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.claim import claim
 from qhybrid.training.memory import hardware_of, limit_vram
+from qhybrid.training.pissa import parts_of_run
 from qhybrid.training.planning import (
     earlier_caps,
     expect,
@@ -47,7 +49,7 @@ from qhybrid.training.session import (
     SftResult,
     adapter_info,
     base_facts,
-    load_model,
+    prepared_for,
     read_inputs,
     write_beginning,
 )
@@ -57,7 +59,12 @@ from qhybrid.training.tasks import train_tasks
 
 
 def run_sft(
-    loaded: LoadedRecipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    loaded: LoadedRecipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    date: str | None = None,
 ) -> SftResult:
     """Train what the recipe says, and write the run folder.
 
@@ -66,6 +73,7 @@ def run_sft(
         resume: go on from the newest whole checkpoint, if the output folder has one.
         overwrite: replace an earlier run in the output folder.
         console: where progress is shown; standard output by default.
+        date: what chat templates that write the date are told (ISO 8601); today when left out.
 
     Raises:
         QhybridError: see `qhybrid.errors`; exit code 2 before training, 1 from training itself.
@@ -77,7 +85,7 @@ def run_sft(
     try:
         with stop_signals(notify) as signals:
             run = train_tasks if recipe.tasks else _run
-            result = run(loaded, recipe, signals, resume=resume, overwrite=overwrite, console=console)
+            result = run(loaded, recipe, signals, resume=resume, overwrite=overwrite, console=console, today=date)
     except QhybridError as error:
         # What is wrong with the input is found by every process, and told by the first.
         if error.told_elsewhere is None and error.exit_code == 2:
@@ -99,6 +107,7 @@ def _run(
     resume: bool,
     overwrite: bool,
     console: Console,
+    today: str | None,
 ) -> SftResult:
     agree(lambda: preflight(recipe, base_folder=loaded.folder, resume=resume, overwrite=overwrite))
     before = agree(lambda: Run(Path(recipe.output_dir)).status if resume else None)
@@ -111,7 +120,7 @@ def _run(
     recipe, plan = together(lambda: plan_early(recipe, hardware, earlier))
     with one_after_another():
         base = model_folder(recipe.model)
-    date = (before or {}).get("date") or agree(lambda: datetime.date.today().isoformat())
+    date = (before or {}).get("date") or today or agree(lambda: datetime.date.today().isoformat())
     inputs = together(lambda: read_inputs(recipe, base, loaded.folder, date))
     data = inputs.data
     if len(set(gather(data.fingerprint))) > 1:
@@ -129,6 +138,7 @@ def _run(
     recipe = prepared.recipe
     with contextlib.ExitStack() as stack:
         run = agree(lambda: stack.enter_context(claim(recipe, resume=resume, overwrite=overwrite)))
+        prepared = agree(lambda: prepared_for(prepared, run))
 
         def begin() -> BaseFacts:
             facts = base_facts(recipe, base, run)
@@ -147,7 +157,11 @@ def _run(
         info = adapter_info(prepared, facts, date)
         session = together(lambda: Session(prepared, run, info, console, signals))
         try:
-            together(lambda: session.build(load_model(recipe)))
+            device = resolve_device("cpu" if recipe.training.use_cpu else None)
+            without = agree(lambda: parts_of_run(recipe, prepared.layout, run, device, console))
+            model = together(lambda: load_base(recipe.model, recipe.quantization, device=device, without=without))
+            session.rank_by_data(model)
+            together(lambda: session.build(model))
             with signals.asking_politely():
                 session.train()
                 if session.trainer.was_stopped:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, set_seed
 from qhybrid.adapters.folder import save_plain
 from qhybrid.adapters.parameter_groups import parameter_groups
 from qhybrid.adapters.shared import attach_shared, concatenated
+from qhybrid.architecture.concatenate import concatenate
 from qhybrid.architecture.layout import Layout
 from qhybrid.base.tensor_files import read_tensors, write_tensors
 from qhybrid.recipe.schema import Recipe
@@ -190,7 +191,12 @@ class SharedSession(Session):
         """One for both adapters."""
         return SharedTrainer(shared=self._shared, together=self._together, **settings)
 
+    @property
+    def layout(self) -> Layout:
+        """That of both as one adapter."""
+        return concatenate(self._shared.layout, self.trainer.layout)
+
     def save(self, folder: Path) -> None:
         """Write both as one adapter, in fp32: s·B may have more digits than B."""
-        modules = concatenated(self.trainer.model, self._shared.layout, self.prepared.layout)
+        modules = concatenated(self.trainer.model, self._shared.layout, self.trainer.layout)
         save_plain(modules, dataclasses.replace(self.info, adapter_dtype="float32"), folder, SHARED)

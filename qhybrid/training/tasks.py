@@ -13,7 +13,9 @@ from rich.console import Console
 
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.concatenate import concatenate
+from qhybrid.architecture.growth import largest_layout
 from qhybrid.architecture.layout import Layout
+from qhybrid.base.load import load_base, resolve_device
 from qhybrid.base.locate import model_folder
 from qhybrid.disk import write_atomically
 from qhybrid.planner.plan import Plan
@@ -46,7 +48,7 @@ from qhybrid.training.session import (
     SftResult,
     adapter_info,
     base_facts,
-    load_model,
+    prepared_for,
     read_inputs,
     write_beginning,
 )
@@ -65,6 +67,7 @@ def train_tasks(
     resume: bool,
     overwrite: bool,
     console: Console,
+    today: str | None,
 ) -> SftResult:
     """Train an adapter for each task of the recipe.
 
@@ -74,6 +77,7 @@ def train_tasks(
         loaded: the recipe as it was read.
         recipe: the same, settled.
         resume, overwrite, console: as for `run_sft`.
+        today: its `date`.
 
     Raises:
         QhybridError: as `run_sft`. The other tasks have saved what they have before it is raised.
@@ -83,7 +87,7 @@ def train_tasks(
     if before and before["status"] == "finished":
         console.print(f"{recipe.output_dir} holds the finished run of this recipe; nothing to do", highlight=False)
         return SftResult(Run(Path(recipe.output_dir)), before["figures"], _finished(recipe))
-    planned = _plan(loaded, recipe, (before or {}).get("date"), resume)
+    planned = _plan(loaded, recipe, (before or {}).get("date") or today, resume)
     recipe = planned.recipe
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(claim(recipe, resume=resume, overwrite=overwrite))
@@ -158,7 +162,7 @@ def _plan(loaded: LoadedRecipe, recipe: Recipe, date: str | None, resume: bool) 
         recipe,
         plan,
         expect(recipe, spec, hardware, longest, plan.caps),
-        {name: build_layout(part.adapters, spec) for name, part in adapter_recipes(recipe).items()},
+        {name: build_layout(part, spec) for name, part in adapter_recipes(recipe).items()},
         {name: _prepare(own, inputs[name], hardware) for name, own in task_recipes(recipe).items()},
         base,
         date,
@@ -203,7 +207,8 @@ def _open(
     """Write what is known before training into the folder of all and of each task, and tell it."""
     recipe, layouts = planned.recipe, planned.layouts
     parts = adapter_recipes(recipe).items()
-    require_space(whole.folder, sum(checkpoint_bytes(part, layouts[name]) for name, part in parts))
+    largest = {name: largest_layout(part, layouts[name]) for name, part in parts}
+    require_space(whole.folder, sum(checkpoint_bytes(part, largest[name]) for name, part in parts))
     resumed = next((run for run in runs.values() if run.resume_from is not None), whole)
     facts = base_facts(recipe, planned.base, resumed)
     begin(whole, recipe, planned.fingerprint, facts.files, planned.date)
@@ -216,7 +221,7 @@ def _open(
     weights = {task.name: task.weight for task in recipe.tasks}
     tasks = []
     for name, run in runs.items():
-        own = planned.prepared[name]
+        own = prepared_for(planned.prepared[name], run)
         write_beginning(run, own, facts, planned.date)
         if recipe.shared is not None:
             write_atomically(run.layout_file, concatenate(layouts[SHARED], own.layout).to_json())
@@ -262,7 +267,8 @@ def _notes(recipe: Recipe, run: Run) -> list[str]:
 
 def _build(tasks: list[Task], recipe: Recipe) -> None:
     """Make the trainers on one model, of which nothing but the weights stays."""
-    model = load_model(recipe)
+    device = resolve_device("cpu" if recipe.training.use_cpu else None)
+    model = load_base(recipe.model, recipe.quantization, device=device)
     for task in tasks:
         with of_task(task.name):
             task.build(model)

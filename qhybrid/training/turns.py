@@ -56,7 +56,9 @@ class Task:
     def build(self, model: PreTrainedModel) -> None:
         """Make the trainer, on the weights of `model`."""
         with self.in_place():
-            self.session.build(share_weights(model), TakeTurns(self.loop))
+            own = share_weights(model)
+            self.session.rank_by_data(own)
+            self.session.build(own, TakeTurns(self.loop))
 
     def advance(self) -> bool:
         """Begin; or take a step, after what follows from the one before. Whether one was taken."""

@@ -67,7 +67,7 @@ def begin(loaded, monkeypatch: pytest.MonkeyPatch) -> tuple[str | None, str]:
         raise Begun
 
     with monkeypatch.context() as patched:
-        patched.setattr(sft, "load_model", lambda recipe: None)
+        patched.setattr(sft, "load_base", lambda *args, **kwargs: None)
         patched.setattr(session.Session, "build", train_nothing)
         try:
             train(loaded, resume=True, console=console)

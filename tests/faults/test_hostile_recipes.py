@@ -318,11 +318,11 @@ def test_overlapping_and_empty_bands_are_named(bands, words):
     recipe, _ = parse_recipe(HEAD + f"adapters: {bands}\n", "r.yaml")
     spec = spec_from_config(TINY)
     with pytest.raises(LayoutError) as caught:
-        build_layout(recipe.adapters, spec)
+        build_layout(recipe, spec)
     assert words in str(caught.value) and caught.value.exit_code == 2
 
     def build() -> None:
-        build_layout(recipe.adapters, spec)
+        build_layout(recipe, spec)
 
     assert seconds_of(build) < MAX_SECONDS
 

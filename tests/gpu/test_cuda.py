@@ -7,11 +7,10 @@ import shutil
 
 import pytest
 import torch
-from helpers import nf4_config, run_recipe
+from helpers import layout_of_bands, nf4_config, run_recipe
 from rich.console import Console
 
 from qhybrid.adapters.attach import attach
-from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.spec import read_spec
 from qhybrid.base.load import load_base
 from qhybrid.data.prepare import prepare_file
@@ -91,7 +90,7 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path, tiny_model_folder):
 def test_layers_on_cuda_compute_what_they_compute_on_the_cpu(tiny_model_folder, kind):
     """The CPU's own forward pass is held against float64 references in tests/unit/adapters."""
     bands = (BandSection(band="all", kind=kind, rank=4),)
-    layout = build_layout(bands, read_spec(tiny_model_folder))
+    layout = layout_of_bands(bands, read_spec(tiny_model_folder))
     section = ModelSection(path=str(tiny_model_folder), dtype="float32")
     logits, gradients = [], []
     for device in ("cpu", "cuda"):

@@ -49,7 +49,7 @@ def places(tmp_path_factory, tiny_model_folder):
 def save(folder, base, bands, seed):
     section = ModelSection.model_validate({"path": str(base), "dtype": "float32"})
     layout = build_layout(
-        make_recipe(adapters=bands).adapters, spec_from_config(json.loads((base / "config.json").read_text()))
+        make_recipe(adapters=bands), spec_from_config(json.loads((base / "config.json").read_text()))
     )
     model = attach(load_base(section, QuantizationSection(method="none")), layout, dtype=torch.float32)
     randomize_adapters(model, seed=seed, scale=0.2)

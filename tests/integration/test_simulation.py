@@ -63,7 +63,7 @@ class _Silent(AllocateRanks):
 def measured_peak(recipe: Recipe, checkpoints: Path) -> int:
     """Bytes of tensors at the peak of two real steps, from the memory events of torch's profiler."""
     recipe = shortened(recipe)
-    layout = build_layout(recipe.adapters, read_spec(recipe.model.path))
+    layout = build_layout(recipe, read_spec(recipe.model.path))
     model = load_base(recipe.model, recipe.quantization, device="cpu")
     model = attach(model, layout, dtype=getattr(torch, recipe.model.resolved_adapter_dtype))
     trainer = BandedTrainer(
@@ -114,7 +114,7 @@ def check_against_reality(recipe: Recipe, checkpoints: Path, *, within: float = 
     measured = measured_peak(recipe, checkpoints)
     simulated = simulate(recipe, config, device="cpu").peak_bytes
     spec = read_spec(recipe.model.path)
-    closed = predict(recipe, spec, build_layout(recipe.adapters, spec), device="cpu", padded=False).peak
+    closed = predict(recipe, spec, build_layout(recipe, spec), device="cpu", padded=False).peak
     print(f"measured {measured}, simulated {simulated / measured:.4f}, closed form {closed / measured:.4f}")
     assert abs(simulated / measured - 1) <= within
     assert abs(closed / measured - 1) <= within
@@ -219,7 +219,7 @@ def test_every_family_is_planned_as_it_is_simulated(model_type: str):
             model={"attn_implementation": attention},
             training={"gradient_checkpointing": checkpointed, "per_device_train_batch_size": 1, "max_length": 700},
         )
-        closed = predict(recipe, spec, build_layout(recipe.adapters, spec)).peak
+        closed = predict(recipe, spec, build_layout(recipe, spec)).peak
         padded = how_it_runs(recipe, spec, "cuda").masked
         ratio = closed / simulate(recipe, config, padded=padded).peak_bytes
         assert 0.99 <= ratio <= 1.02, (model_type, checkpointed, ratio)

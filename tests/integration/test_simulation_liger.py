@@ -58,7 +58,7 @@ def test_the_closed_form_agrees_with_the_simulation(model_type: str, recipe: Rec
     config = {**WIDE, "model_type": model_type}
     spec = spec_from_config(config)
     simulated = simulate(recipe, config)
-    ratio = predict(recipe, spec, build_layout(recipe.adapters, spec)).peak / simulated.peak_bytes
+    ratio = predict(recipe, spec, build_layout(recipe, spec)).peak / simulated.peak_bytes
     assert 0.99 <= ratio <= 1.01
     without = recipe.training.model_copy(update={"use_liger_kernel": False})
     plain = simulate(recipe.model_copy(update={"training": without}), config)

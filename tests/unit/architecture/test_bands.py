@@ -24,7 +24,7 @@ LLAMA_3_8B = {**LLAMA_2_7B, "intermediate_size": 14336, "num_key_value_heads": 8
 
 
 def layout_of(bands, config):
-    return build_layout(make_recipe(adapters=bands).adapters, spec_from_config(config))
+    return build_layout(make_recipe(adapters=bands), spec_from_config(config))
 
 
 def test_published_parameter_counts():

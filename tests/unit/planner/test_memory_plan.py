@@ -65,7 +65,7 @@ def recipe_of(
 
 
 def peak(recipe: Recipe, spec: ModelSpec, **others: Any) -> int:
-    return predict(recipe, spec, build_layout(recipe.adapters, spec), **others).peak
+    return predict(recipe, spec, build_layout(recipe, spec), **others).peak
 
 
 def test_nf4_weights_of_llama_2_7b():
@@ -84,7 +84,7 @@ def test_nf4_weights_of_llama_2_7b():
 def test_adamw_states_follow_the_adapters_dtype():
     spec = small_spec()
     narrow, wide = (
-        predict(recipe, spec, build_layout(recipe.adapters, spec))
+        predict(recipe, spec, build_layout(recipe, spec))
         for recipe in (recipe_of(rank=64), recipe_of(rank=64, model={"adapter_dtype": "float32"}))
     )
     assert wide.components["adapters"] == 2 * narrow.components["adapters"]
@@ -96,7 +96,7 @@ def test_adamw_states_follow_the_adapters_dtype():
 def test_adalora_is_counted_at_its_initial_rank_with_its_scores():
     spec = small_spec()
     recipe = recipe_of("adalora", adapters=[{"kind": "adalora", "rank": 8, "adalora": {"init_rank": 12}}])
-    layout = build_layout(recipe.adapters, spec)
+    layout = build_layout(recipe, spec)
     found = predict(recipe, spec, layout)
     values = layout.num_parameters
     assert values == sum(12 * (row.in_features + row.out_features) + 12 for row in layout)
@@ -106,7 +106,7 @@ def test_adalora_is_counted_at_its_initial_rank_with_its_scores():
 
 def test_boundaries_of_checkpointed_layers():
     spec = small_spec(layers=6)
-    found = predict(recipe_of(batch=1), spec, build_layout(recipe_of(batch=1).adapters, spec))
+    found = predict(recipe_of(batch=1), spec, build_layout(recipe_of(batch=1), spec))
     assert found.moment == "loss, backward"
     assert found.components["checkpoints"] == 6 * 256 * 512 * 2  # layers x tokens x hidden size x two bytes
 
@@ -116,7 +116,7 @@ def test_components_sum_up_to_the_peak():
     for kind in ("lora", "dora", "adalora"):
         for checkpointed in (True, False):
             recipe = recipe_of(kind, checkpointed=checkpointed)
-            found = predict(recipe, spec, build_layout(recipe.adapters, spec))
+            found = predict(recipe, spec, build_layout(recipe, spec))
             assert sum(found.components.values()) == found.peak == max(found.moments.values())
             assert sum(found.bands.values()) == found.components["adapters"]
 
@@ -197,7 +197,7 @@ def test_a_longer_evaluation_batch_is_seen():
     spec = small_spec()
     training = {"eval_strategy": "epoch", "per_device_eval_batch_size": 64}
     recipe = recipe_of(batch=1, training=training, data={"sources": "r.jsonl", "eval_sources": "e.jsonl"})
-    found = predict(recipe, spec, build_layout(recipe.adapters, spec))
+    found = predict(recipe, spec, build_layout(recipe, spec))
     assert found.moment == "evaluation"
     assert found.peak > peak(recipe_of(batch=1), spec)
 
@@ -206,7 +206,7 @@ def test_paged_states_are_not_in_the_allocator():
     spec = small_spec()
     bands = [{"rank": 256, "target_modules": ["gate_proj", "up_proj", "down_proj"]}]
     recipe = recipe_of(adapters=bands, training={"optim": "paged_adamw_8bit"})
-    layout = build_layout(recipe.adapters, spec)
+    layout = build_layout(recipe, spec)
     found = predict(recipe, spec, layout)
     # Two 8-bit states for each value of the tensors from 100,000 values on: all of them here.
     assert found.unified == 2 * layout.num_parameters
@@ -217,7 +217,7 @@ def test_paged_states_are_not_in_the_allocator():
 def test_what_is_assumed_is_said():
     spec = small_spec(max_position_embeddings=2048)
     recipe = recipe_of(training={"max_length": None, "optim": "grokadamw", "torch_compile": True})
-    said = " ".join(predict(recipe, spec, build_layout(recipe.adapters, spec)).assumptions)
+    said = " ".join(predict(recipe, spec, build_layout(recipe, spec)).assumptions)
     assert "2048 tokens" in said and "grokadamw" in said and "torch.compile" in said
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from helpers import layout_of_bands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.spec import ModelSpec, spec_from_config
 from qhybrid.errors import RecipeError
 from qhybrid.planner import recommend as module
@@ -75,7 +75,7 @@ def test_every_recommendation_is_a_recipe_whose_layout_builds(spec, task, rows, 
     assert recipe.adapters == found.bands
     assert {key: getattr(recipe.training, key) for key in found.training} == found.training
     assert recipe.model.path == "some/model" and recipe.data.sources[0].path == "rows.jsonl"
-    layout = build_layout(found.bands, spec)
+    layout = layout_of_bands(found.bands, spec)
     assert len(layout) == spec.num_layers * len(spec.linears)  # no layer and no linear is left out
     for rank in ranks(found):
         assert MIN_RANK <= rank <= MAX_RANK and rank % MULTIPLE == 0
@@ -129,9 +129,9 @@ def test_larger_models_never_get_a_higher_rank_or_rate(task, rows, pair):
 def test_the_control_has_the_parameters_that_the_bands_end_with(spec, task, rows):
     found = recommend(spec, task=task, rows=rows)
     at_the_end = sum(
-        row.target_rank * (row.in_features + row.out_features) for row in build_layout(found.bands, spec)
+        row.target_rank * (row.in_features + row.out_features) for row in layout_of_bands(found.bands, spec)
     )
-    assert build_layout((found.control,), spec).num_parameters == at_the_end
+    assert layout_of_bands((found.control,), spec).num_parameters == at_the_end
     assert found.control.kind in ("lora", "rslora") and found.control.band == "uniform"
 
 
@@ -173,7 +173,7 @@ def test_alpha_keeps_the_product_with_the_rate_that_adalora_published():
 def test_high_ranks_scale_with_the_root_of_the_rank():
     found = recommend(LLAMA_2_7B, task="reasoning", rows=500_000)
     assert [band.kind for band in found.bands] == ["rslora", "adalora", "rslora"]
-    scale = {row.band: row.scaling for row in build_layout(found.bands, LLAMA_2_7B)}
+    scale = {row.band: row.scaling for row in layout_of_bands(found.bands, LLAMA_2_7B)}
     assert scale["bottom"] == pytest.approx(8 / 96**0.5)
 
 
@@ -273,7 +273,7 @@ def docs_table() -> list[str]:
             found = recommend(SPECS[name], task=task, rows=rows)
             star = "*" if found.bands[0].kind == "rslora" else ""
             bottom, middle, top = ranks(found)
-            parameters = build_layout(found.bands, SPECS[name]).num_parameters
+            parameters = layout_of_bands(found.bands, SPECS[name]).num_parameters
             cells = (
                 name, f"{task}, {format_count(rows)}", found.notes[1].partition(" ")[0],
                 f"{bottom}{star} / {middle} / {top}{star}", f"{found.bands[1].resolved_alpha:g}",

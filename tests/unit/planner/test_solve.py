@@ -135,8 +135,8 @@ def test_a_lower_rank_keeps_each_bands_scaling():
     spec = small_spec(layers=6)
     recipe = resolve(recipe_of(adapters=BANDS))
     lowered = with_ranks(recipe, {"low": 8, "mid": 8, "top": 16})
-    before = {row.module: row.scaling for row in build_layout(recipe.adapters, spec)}
-    after = {row.module: row.scaling for row in build_layout(lowered.adapters, spec)}
+    before = {row.module: row.scaling for row in build_layout(recipe, spec)}
+    after = {row.module: row.scaling for row in build_layout(lowered, spec)}
     assert before.keys() == after.keys()
     assert all(math.isclose(before[module], after[module], rel_tol=1e-12) for module in before)
     assert lowered.adapters[1].init_rank == 12  # of the same ratio
@@ -146,7 +146,7 @@ def test_more_rank_stops_at_the_narrowest_module():
     spec = small_spec(layers=6)  # k_proj is 128 wide
     found = solve("rank", recipe_of(adapters=BANDS), spec, planner(spec, 10**12))
     assert found is not None
-    build_layout(found.adapters, spec)
+    build_layout(found, spec)
     assert max(band.init_rank for band in found.adapters) <= 128
 
 

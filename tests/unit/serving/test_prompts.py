@@ -10,7 +10,7 @@ from qhybrid.data.rows import PromptCompletionRow
 from qhybrid.data.templates import ALPACA, CHATML
 from qhybrid.data.tokenize import RowEncoder
 from qhybrid.errors import DataError, ServingError
-from qhybrid.evaluation.evaluate import answer_start
+from qhybrid.evaluation.answers import answer_start
 from qhybrid.recipe.training_fields import TrainingSection
 from qhybrid.serving.prompts import Prompter
 

@@ -1,0 +1,1 @@
+"""Ranks and initial values that training data decides, before training starts."""

@@ -1,0 +1,1 @@
+"""Sweeps: many runs that differ in one thing, held against a control at equal parameters."""

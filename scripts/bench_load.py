@@ -3,7 +3,8 @@
     python scripts/bench_load.py [--folder FOLDER] [--rounds 2] [--device cpu]
 
 Writes a random checkpoint in TinyLlama's shape (1.1B weights, bfloat16, 500 MB shards) to FOLDER, or to a
-temporary one, and loads it in fresh processes, the two ways in turn. Needs 2.3 GB of disk. Prints markdown.
+temporary one, and loads it in fresh processes, the ways in turn: also for PiSSA of rank 16 on all linear layers,
+which decomposes every weight first. Needs 2.3 GB of disk. Prints markdown.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ CONFIG = {
     "torch_dtype": "bfloat16",
 }
 SHARD_BYTES = 500_000_000
-LOADERS = ("transformers", "qhybrid")
+PISSA, PISSA_RANK = "qhybrid, PiSSA", 16
+LOADERS = ("transformers", "qhybrid", PISSA)
 TOKENS = [1, 450, 7483, 310, 3444, 338, 3681, 29889, 12, 31999, 0, 77, 2048, 5632, 9, 2]
 MIB = 2**20
 
@@ -156,7 +158,11 @@ def measure(loader: str, folder: Path, device_name: str) -> dict[str, object]:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
+    from qhybrid.adapters.pissa import principal_parts
+    from qhybrid.architecture.bands import build_layout
+    from qhybrid.architecture.spec import read_spec
     from qhybrid.base.load import keep_exact_on_cpu, load_base
+    from qhybrid.recipe.band import BandSection
     from qhybrid.recipe.schema import ModelSection, QuantizationSection
 
     logging.disable_progress_bar()
@@ -171,6 +177,11 @@ def measure(loader: str, folder: Path, device_name: str) -> dict[str, object]:
     begin, cpu_begin = time.perf_counter(), time.process_time()
     if loader == "qhybrid":
         model = load_base(ModelSection(path=str(folder)), QuantizationSection(), device=device)
+    elif loader == PISSA:
+        layout = build_layout((BandSection(rank=PISSA_RANK, init="pissa"),), read_spec(folder))
+        bf16 = torch.bfloat16
+        parts = principal_parts(layout, folder, dtype=bf16, adapter_dtype=bf16, device=device)
+        model = load_base(ModelSection(path=str(folder)), QuantizationSection(), device=device, without=parts)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -258,7 +269,8 @@ def report(runs: dict[str, list[dict]]) -> str:
             f"| {loader} | {', '.join(f'{value:.2f}' for value in seconds)} | {medians[loader]:.2f} "
             f"| {cpu} | {peak / MIB:.0f} | {peak / first['size']:.2f} | {host / MIB:.0f} |"
         )
-    everything = [run for loader in LOADERS for run in runs[loader]]
+    everything = [run for loader in LOADERS if loader != PISSA for run in runs[loader]]
+    pissa_is_one = all(run["hashes"] == runs[PISSA][0]["hashes"] for run in runs[PISSA])
     same_state = all(run["hashes"] == first["hashes"] for run in everything)
     same_logits = all(run["logits"] == first["logits"] for run in everything)
     return "\n".join(
@@ -267,7 +279,8 @@ def report(runs: dict[str, list[dict]]) -> str:
             "",
             f"Time, qhybrid / transformers: {medians['qhybrid'] / medians['transformers']:.2f}.  ",
             f"All {len(first['hashes'])} tensors (packed weights, absmax, the rest) equal: {same_state}.  ",
-            f"Logits of {len(TOKENS)} tokens bit-equal: {same_logits}.",
+            f"Logits of {len(TOKENS)} tokens bit-equal: {same_logits}.  ",
+            f"Tensors of the PiSSA loads (rank {PISSA_RANK}, decomposed anew each time) equal: {pissa_is_one}.",
         ]
     )
 

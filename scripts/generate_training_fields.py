@@ -66,6 +66,9 @@ EXTRA = """
     # Not in SFTConfig: stop when metric_for_best_model has not improved for this many evaluations.
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    # Not in SFTConfig: multiplies the adapters' gradients by the inverse of (metric + delta·I), arXiv 2402.02347.
+    preconditioner: Literal["riemannian"] | None = None
+    preconditioner_delta: Annotated[float, Field(gt=0)] = 0.01
 """
 POSITIVE = {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
 NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"}
@@ -151,7 +154,9 @@ OWNED_ELSEWHERE = {{
 {owned}}}
 
 # Fields that are ours and not trl's.
-OUR_FIELDS = ("early_stopping_patience", "early_stopping_threshold")
+OUR_FIELDS = (
+    "early_stopping_patience", "early_stopping_threshold", "preconditioner", "preconditioner_delta",
+)  # fmt: skip
 
 Tracker = {TRACKERS}
 

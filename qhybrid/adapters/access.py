@@ -1,7 +1,7 @@
-"""How the allocator and the regulariser read and change trained parameters and their gradients.
+"""How allocator, regulariser and preconditioner read and change trained parameters and their gradients.
 
 Where torch holds them whole that is plain. DeepSpeed ZeRO holds them in shards and keeps fp32 copies:
-training/zero.py has the same four methods for it.
+training/zero.py has the same five methods for it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ class Access(Protocol):
         """Add to the gradient, before the optimizer sees it."""
         ...
 
+    def set_gradient(self, parameter: nn.Parameter, values: Tensor) -> None:
+        """Put other values in the gradient's place, before the optimizer sees it."""
+        ...
+
     def assign(self, parameter: nn.Parameter, values: Tensor) -> None:
         """Change the values, in every copy that there is."""
         ...
@@ -43,6 +47,10 @@ class DirectAccess:
     def add_to_gradient(self, parameter: nn.Parameter, addition: Tensor) -> None:
         assert parameter.grad is not None
         parameter.grad.add_(addition.to(parameter.grad.dtype))
+
+    def set_gradient(self, parameter: nn.Parameter, values: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.copy_(values)
 
     def assign(self, parameter: nn.Parameter, values: Tensor) -> None:
         parameter.data.copy_(values)

@@ -44,6 +44,7 @@ class RankAllocator:
         self.band = band
         self.schedule = schedule
         self.access = access
+        self.paused = False  # the band is frozen: it has no gradients, and nothing of it may change
         self.num_allocations = 0
         self._modules = dict(modules)
         self._beta1, self._beta2 = beta1, beta2
@@ -66,7 +67,7 @@ class RankAllocator:
         Args:
             gradient_scale: what the gradients were multiplied with (a loss scaler's factor).
         """
-        if gradient_scale != 1 and not self._gradients_are_finite():
+        if self.paused or (gradient_scale != 1 and not self._gradients_are_finite()):
             return  # the loss scaler will skip this step; its infinities must not enter the averages
         for name, triplets in self._modules.items():
             for factor, parameter in _factors(triplets):
@@ -103,7 +104,11 @@ class RankAllocator:
         Returns:
             Whether a new choice was made.
         """
-        due = self.schedule.is_due(step)
+        if self.paused:
+            return False
+        schedule = self.schedule
+        late = step > schedule.last_allocation and sum(self.live_ranks().values()) > schedule.target_budget
+        due = schedule.is_due(step) or late  # it was frozen when the final choice was due
         if due:
             scores = torch.cat(list(self.scores().values()))
             # A stable sort keeps exactly the budget, ties included, and the same triplets on every machine.

@@ -18,10 +18,11 @@ from torch import nn
 from qhybrid.adapters.adalora import INITIAL_STD, AdaLoraVariant, add_lambda
 from qhybrid.adapters.dora import DoraMagnitude, DoraVariant
 from qhybrid.adapters.peft_folder import plain_peft_config
-from qhybrid.adapters.plain import PlainModule
+from qhybrid.adapters.plain import PlainModule, principal_parts_of
 from qhybrid.architecture.layout import Layout, LayoutRow
 from qhybrid.base.load import keep_exact_on_cpu
-from qhybrid.errors import ModelError
+from qhybrid.base.principal import PISSA, part_missing_in, parts_missing_in, same_parts
+from qhybrid.errors import AdapterError, ModelError
 
 ADAPTER = "default"
 
@@ -40,12 +41,16 @@ def attach(
         initial: by module, A (r, in) and B (out, r) to start with; what is left out starts as the layout says.
 
     A, B, P and Q get `dtype`; DoRA's magnitudes and AdaLoRA's Λ are fp32, because their updates are smaller
-    than bf16 can hold. The initial values follow torch's global generator: seed it first.
+    than bf16 can hold. The initial values follow torch's global generator: seed it first. PiSSA's are
+    what `load_base` took out of the weights.
 
     Raises:
         ModelError: the model lacks a module of the layout.
     """
     _require_linears(model, [row.module for row in layout])
+    if next(model.parameters()).device.type != "meta":  # a simulation has no weights to take something out of
+        taken = {row.module for row in layout if row.init == PISSA}
+        assert parts_missing_in(model).keys() == taken, "the base was loaded for another layout"
     keep_exact_on_cpu(model)
     peft_model = get_peft_model(model, peft_config(layout), adapter_name=ADAPTER, autocast_adapter_dtype=False)
     for row, module in adapted_modules(peft_model, layout):
@@ -70,6 +75,8 @@ def attach_plain(
 ) -> PeftModel:
     """Add finished LoRA and DoRA modules, frozen, as the adapter `name`: to a base model, or beside others.
 
+    On a base without principal parts PiSSA runs as it was trained; on a whole base as LoRA at twice the rank.
+
     Args:
         model: a base model, which becomes a PeftModel in place; or a PeftModel, whose active adapter stays.
         dtype: of A and B. DoRA's magnitudes are fp32.
@@ -77,9 +84,15 @@ def attach_plain(
 
     Raises:
         ModelError: the model lacks one of the modules.
+        AdapterError: the base is without other principal parts than the modules were trained without.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     _require_linears(base, [module.module for module in modules])
+    missing = parts_missing_in(base)
+    if missing:
+        if not same_parts(missing, principal_parts_of(modules)):
+            raise AdapterError("the base model in memory is without the principal parts of another PiSSA adapter")
+        modules = [module.native for module in modules]
     config = plain_peft_config(modules, None)
     config.use_dora = False  # the variants below are ours
     if isinstance(model, PeftModel):
@@ -137,16 +150,31 @@ def _build(row: LayoutRow, module: LoraLayer, dtype: torch.dtype) -> None:
         module.lora_dropout[ADAPTER] = nn.Dropout(row.dropout)
     if row.init == "gaussian":
         nn.init.normal_(a.weight, std=1 / row.rank)
+    elif row.init == PISSA:
+        _start_at_principal_part(module)
     if row.kind == "dora":
         if not module.lora_magnitude_vector:
             module.adapter_layer_names = (*module.adapter_layer_names, "lora_magnitude_vector")
-        module.lora_magnitude_vector[ADAPTER] = DoraMagnitude(module.get_base_layer())
+        magnitude = DoraMagnitude(module.get_base_layer())
+        if row.init == PISSA:  # W is not the base's weight alone
+            norm = magnitude.norm(module.get_base_layer(), a.weight, b.weight, row.scaling)
+            magnitude.weight.data.copy_(norm)
+        module.lora_magnitude_vector[ADAPTER] = magnitude
         module.lora_variant[ADAPTER] = DoraVariant()
     elif row.kind == "adalora":
         nn.init.normal_(a.weight, std=INITIAL_STD)
         nn.init.normal_(b.weight, std=INITIAL_STD)
         add_lambda(module, ADAPTER, row.rank)
         module.lora_variant[ADAPTER] = AdaLoraVariant()
+
+
+@torch.no_grad()
+def _start_at_principal_part(module: LoraLayer) -> None:
+    """B·A is what was taken out of the weight; terms that were added since are as in LoRA."""
+    part = part_missing_in(module.get_base_layer())
+    if part is not None:
+        module.lora_A[ADAPTER].weight[: len(part.a)] = part.a.to(module.lora_A[ADAPTER].weight)
+        module.lora_B[ADAPTER].weight[:, : len(part.a)] = part.b.to(module.lora_B[ADAPTER].weight)
 
 
 @contextlib.contextmanager

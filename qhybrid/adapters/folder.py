@@ -1,6 +1,6 @@
 """The adapter folder: what training saves, what qhybrid reads back, and ordinary peft folders beside it.
 
-adapter.safetensors   every trained tensor at full rank, in its own dtype
+adapter.safetensors   every trained tensor at full rank, in its own dtype; of PiSSA what its base is without
 layout.json           one row for each module
 adapter.json          the base model and the versions
 adapter_int8.safetensors   in the place of the first, for an adapter exported in INT8
@@ -10,6 +10,7 @@ peft/lora, peft/dora  the same adapter for peft without qhybrid (AdaLoRA folded 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,9 +25,10 @@ from qhybrid.adapters.info import INFO, LAYOUT, AdapterInfo, read_adapter
 from qhybrid.adapters.int8 import WEIGHTS as INT8_WEIGHTS
 from qhybrid.adapters.int8 import int8_tensors, plain_tensors
 from qhybrid.adapters.peft_folder import CONFIG, read_peft_folder, write_peft_folder
-from qhybrid.adapters.plain import PlainAdapter, PlainModule, plain_modules, require_finite
+from qhybrid.adapters.plain import PlainAdapter, PlainModule, on_whole_base, plain_modules, require_finite
 from qhybrid.architecture.layout import Layout, LayoutRow
 from qhybrid.base.locate import refuse_links_out
+from qhybrid.base.principal import PISSA, PrincipalPart, part_missing_in, parts_missing_in, same_parts
 from qhybrid.base.tensor_files import read_tensors, write_tensors
 from qhybrid.disk import write_bytes
 from qhybrid.errors import AdapterError
@@ -48,6 +50,42 @@ def trained_tensors(model: PeftModel, layout: Layout) -> dict[str, nn.Parameter]
     return tensors
 
 
+def principal_tensors(model: PeftModel, layout: Layout) -> dict[str, Tensor]:
+    """PiSSA's A0 and B0 by their saved names, such as "model.layers.0.self_attn.q_proj.lora_A0".
+
+    A reader that knows nothing of them refuses the whole file; one that does rebuilds the base with them.
+    """
+    tensors: dict[str, Tensor] = {}
+    for row, module in adapted_modules(model, layout):
+        part = part_missing_in(module.get_base_layer())
+        if part is not None:
+            tensors |= {f"{row.module}.lora_A0": part.a, f"{row.module}.lora_B0": part.b}
+    return tensors
+
+
+def _saved_tensors(model: PeftModel, layout: Layout) -> dict[str, Tensor]:
+    return {**trained_tensors(model, layout), **principal_tensors(model, layout)}
+
+
+def read_principal_parts(folder: Path, layout: Layout) -> dict[str, PrincipalPart]:
+    """What the base of a saved adapter is without, for `load_base`; empty where nothing is PiSSA.
+
+    Raises:
+        AdapterError: as `load_weights`.
+    """
+    if not any(row.init == PISSA for row in layout):
+        return {}
+    return _principal_parts(_read_weights(folder, layout), layout)
+
+
+def _principal_parts(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, PrincipalPart]:
+    return {
+        row.module: PrincipalPart(tensors[f"{row.module}.lora_A0"], tensors[f"{row.module}.lora_B0"], row.scaling)
+        for row in layout
+        if row.init == PISSA
+    }
+
+
 def save_weights(model: PeftModel, layout: Layout, folder: Path) -> None:
     """Write adapter.safetensors and layout.json into `folder`.
 
@@ -55,7 +93,7 @@ def save_weights(model: PeftModel, layout: Layout, folder: Path) -> None:
         OSError: the disk is full or fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, trained_tensors(model, layout), {"format": "pt"})
+    write_tensors(folder / WEIGHTS, _saved_tensors(model, layout), {"format": "pt"})
     write_bytes(folder / LAYOUT, layout.to_json().encode())
 
 
@@ -66,26 +104,31 @@ def load_weights(model: PeftModel, layout: Layout, folder: Path, access: Access 
         access: how the model's parameters are reached.
 
     Raises:
-        AdapterError: a file that is missing or damaged, or tensors that are not exactly the layout's.
+        AdapterError: a file that is missing or damaged, or tensors that are not exactly the layout's; or PiSSA on
+            a base that is not without just these principal parts.
     """
-    own = trained_tensors(model, layout)
-    values = _read_weights(folder, layout)
+    own, values = trained_tensors(model, layout), _read_weights(folder, layout)
+    if not same_parts(parts_missing_in(model.get_base_model()), _principal_parts(values, layout)):
+        raise AdapterError(
+            "the base model in memory is not without the principal parts that this adapter stores",
+            where=str(folder),
+        )
     with torch.no_grad():
-        for name, value in values.items():
-            access.assign(own[name], value)
+        for name, parameter in own.items():
+            access.assign(parameter, values[name])
     refresh_norms(model)
 
 
 def save_adapter(model: PeftModel, layout: Layout, info: AdapterInfo, folder: Path) -> None:
     """Write the whole adapter folder."""
     save_weights(model, layout, folder)
-    _save_beside(plain_modules(layout, trained_tensors(model, layout)), info, folder)
+    _save_beside(plain_modules(layout, _saved_tensors(model, layout)), info, folder)
 
 
 def save_plain(modules: tuple[PlainModule, ...], info: AdapterInfo, folder: Path, band: str) -> None:
-    """Write plain modules as an adapter folder of one band, which qhybrid and peft read."""
+    """Write plain modules, for the whole base, as an adapter folder of one band, which qhybrid and peft read."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    modules, tensors = on_whole_base(modules), {}
     for m in modules:
         tensors |= {f"{m.module}.lora_A": m.a, f"{m.module}.lora_B": m.b}
         if m.magnitude is not None:
@@ -96,7 +139,7 @@ def save_plain(modules: tuple[PlainModule, ...], info: AdapterInfo, folder: Path
 
 
 def save_int8(modules: tuple[PlainModule, ...], info: AdapterInfo, folder: Path) -> None:
-    """Write plain modules in INT8 as an adapter folder that qhybrid reads."""
+    """Write plain modules in INT8 as an adapter folder that qhybrid reads; PiSSA as it was trained."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / INT8_WEIGHTS, int8_tensors(modules), {"format": "pt"})
     _write_layout(modules, folder, "int8")
@@ -111,6 +154,7 @@ def _write_layout(modules: tuple[PlainModule, ...], folder: Path, band: str) -> 
 def _row(module: PlainModule, band: str) -> LayoutRow:
     layer, target = layer_and_target(module.module)
     out_features, in_features = module.shape
+    rank = module.native.rank
     return LayoutRow(
         module=module.module,
         layer=layer,
@@ -119,12 +163,12 @@ def _row(module: PlainModule, band: str) -> LayoutRow:
         out_features=out_features,
         band=band,
         kind="lora" if module.magnitude is None else "dora",
-        rank=module.rank,
-        target_rank=module.rank,
-        alpha=module.scaling * module.rank,
+        rank=rank,
+        target_rank=rank,
+        alpha=module.scaling * rank,
         scaling=module.scaling,
         dropout=0.0,
-        init="none",
+        init=PISSA if module.num_principal else "none",
         loraplus_lr_ratio=1.0,
     )
 
@@ -215,6 +259,11 @@ def _read_weights(folder: Path, layout: Layout) -> dict[str, Tensor]:
             wanted[f"{row.module}.lora_magnitude"] = (row.out_features,)
         elif row.kind == "adalora":
             wanted[f"{row.module}.lora_lambda"] = (row.rank,)
+        if row.init == PISSA:  # terms may have been added since
+            a0 = tensors.get(f"{row.module}.lora_A0")
+            k = row.rank if a0 is None or a0.dim() != 2 else min(max(1, len(a0)), row.rank)
+            wanted[f"{row.module}.lora_A0"] = (k, row.in_features)
+            wanted[f"{row.module}.lora_B0"] = (row.out_features, k)
     if tensors.keys() != wanted.keys():
         example = min(tensors.keys() ^ wanted.keys())
         raise AdapterError(f"its tensors are not those of the layout; for example {example}", where=str(file))

@@ -1,5 +1,7 @@
 """Adapters in INT8: A with a scale for each row, B with one for each output channel, magnitudes as they are.
 
+Of PiSSA also A0 and B0, exactly: the base is rebuilt with them.
+
 x ≈ scale · q with q in −127…127 and scale = max|x| / 127 of the row; a row of A belongs to one rank term, a row of
 B to one output channel. Half the bytes of bf16, a quarter of fp32, beside the scales.
 """
@@ -35,7 +37,10 @@ def dequantize_rows(q: Tensor, scale: Tensor) -> Tensor:
 def int8_tensors(modules: Sequence[PlainModule]) -> dict[str, Tensor]:
     """The tensors of adapter_int8.safetensors."""
     tensors: dict[str, Tensor] = {}
-    for module in modules:
+    for whole in modules:
+        module, part = whole.native, whole.principal
+        if part is not None:
+            tensors |= {f"{module.module}.lora_A0": part.a, f"{module.module}.lora_B0": part.b}
         for suffix, matrix in zip(_SUFFIXES, (module.a, module.b), strict=True):
             q, scale = quantize_rows(matrix)
             tensors[module.module + suffix] = q

@@ -1,12 +1,14 @@
 """An adapter as plain LoRA and DoRA factors, without a model: what every kind of band comes down to.
 
-LoRA: W + s·B·A. DoRA: m ⊙ (W + s·B·A) / ||W + s·B·A||, with the norm along each output row.
+LoRA: W + s·B·A. DoRA: m ⊙ (W + s·B·A) / ||W + s·B·A||, with the norm along each output row. W is the whole weight
+of the base: PiSSA, trained on W − s·B0·A0, is here A' = [A; A0] and B' = [B, −B0], and s·B'·A' the same change. So
+whoever knows nothing of PiSSA is right; loaders that know it take s·B0·A0 out of the base again, and use `native`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from qhybrid.adapters.adalora import lora_factors
 from qhybrid.adapters.info import AdapterInfo
 from qhybrid.architecture.layout import Layout
+from qhybrid.base.principal import PISSA, PrincipalPart
 from qhybrid.errors import AdapterError
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -22,13 +25,31 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclasses.dataclass(frozen=True)
 class PlainModule:
-    """The adapter of one module, as peft stores it."""
+    """The adapter of one module, as peft stores it.
+
+    Attributes:
+        num_principal: of PiSSA the number of last terms, which are −s·B0·A0: what training had taken out of the
+            base weight. Else 0.
+    """
 
     module: str  # "model.layers.3.self_attn.q_proj"
     a: Tensor  # (r, in)
     b: Tensor  # (out, r)
     scaling: float
     magnitude: Tensor | None = None  # (out,), DoRA only
+    num_principal: int = 0
+
+    @property
+    def principal(self) -> PrincipalPart | None:
+        """What training had taken out of the base weight."""
+        k = self.num_principal
+        return PrincipalPart(self.a[-k:], -self.b[:, -k:], self.scaling) if k else None
+
+    @property
+    def native(self) -> PlainModule:
+        """A and B as they were trained: of PiSSA for the base weight without its principal part."""
+        k = self.num_principal
+        return dataclasses.replace(self, a=self.a[:-k], b=self.b[:, :-k], num_principal=0) if k else self
 
     @property
     def rank(self) -> int:
@@ -50,8 +71,8 @@ class PlainAdapter:
     """The modules that an adapter changes, and the base model that it belongs to.
 
     Attributes:
-        base_minus: for PiSSA, whose base is what is left of the model without its principal part: the settings
-            with which that part is computed again. None for all others, whose base is the model as it is.
+        base_minus: for PiSSA of peft, whose base is what is left of the model without its principal part: the
+            settings with which that part is computed again. None for all others; qhybrid's own knows the part.
     """
 
     modules: tuple[PlainModule, ...]
@@ -73,6 +94,16 @@ class PlainAdapter:
         return tuple(module for module in self.modules if module.magnitude is not None)
 
     @property
+    def principal_parts(self) -> dict[str, PrincipalPart]:
+        """What training had taken out of the base, by the modules' names; empty where nothing is PiSSA."""
+        return principal_parts_of(self.modules)
+
+    @property
+    def on_whole_base(self) -> PlainAdapter:
+        """The same adapter for the whole base, PiSSA too."""
+        return dataclasses.replace(self, modules=on_whole_base(self.modules))
+
+    @property
     def num_bytes(self) -> int:
         """Of all factors and magnitudes."""
         parts = (part for m in self.modules for part in (m.a, m.b, m.magnitude) if part is not None)
@@ -85,7 +116,7 @@ def plain_modules(layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[PlainM
     AdaLoRA modules whose rank became 0 are left out: they add nothing.
 
     Args:
-        tensors: by the names of `adapters.folder.trained_tensors`, all there.
+        tensors: by the names of `adapters.folder.trained_tensors` and `principal_tensors`, all there.
     """
     found = []
     for row in layout:
@@ -96,8 +127,22 @@ def plain_modules(layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[PlainM
                 found.append(PlainModule(row.module, a, b, 1.0))
         else:
             magnitude = tensors[f"{row.module}.lora_magnitude"].detach() if row.kind == "dora" else None
-            found.append(PlainModule(row.module, a, b, row.scaling, magnitude))
+            num_principal = 0
+            if row.init == PISSA:
+                a0, b0 = (tensors[f"{row.module}.lora_{part}0"].to(a.device) for part in "AB")
+                a, b, num_principal = torch.cat([a, a0]), torch.cat([b, -b0], dim=1), len(a0)
+            found.append(PlainModule(row.module, a, b, row.scaling, magnitude, num_principal))
     return tuple(found)
+
+
+def principal_parts_of(modules: Iterable[PlainModule]) -> dict[str, PrincipalPart]:
+    """What training had taken out of the base, by the modules' names."""
+    return {module.module: part for module in modules if (part := module.principal) is not None}
+
+
+def on_whole_base(modules: Iterable[PlainModule]) -> tuple[PlainModule, ...]:
+    """The same modules for the whole base, PiSSA too: nothing says any more what training had taken out."""
+    return tuple(dataclasses.replace(module, num_principal=0) for module in modules)
 
 
 def require_finite(modules: tuple[PlainModule, ...], where: str) -> None:
@@ -125,7 +170,7 @@ def require_finite(modules: tuple[PlainModule, ...], where: str) -> None:
 
 
 def require_untouched_base(adapter: PlainAdapter) -> None:
-    """Refuse PiSSA, which runs on what is left of the base model.
+    """Refuse PiSSA of peft, which runs on what is left of the base model and does not say what was taken out.
 
     Raises:
         AdapterError: with what to do.

@@ -30,6 +30,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from qhybrid.architecture.spec import SUPPORTED_MODEL_TYPES
 from qhybrid.base.locate import model_folder, weight_files
 from qhybrid.base.nf4 import fill_linear4bit
+from qhybrid.base.principal import Parts, mark_without, require_weights_of, stored_quantized
 from qhybrid.base.safetensors_reader import SafetensorsReader
 from qhybrid.errors import ModelError
 from qhybrid.recipe.schema import ModelSection, QuantizationSection
@@ -39,7 +40,11 @@ _NAMES_SHOWN = 4  # tensors listed per fault
 
 
 def load_base(
-    model: ModelSection, quantization: QuantizationSection, *, device: torch.device | str | None = None
+    model: ModelSection,
+    quantization: QuantizationSection,
+    *,
+    device: torch.device | str | None = None,
+    without: Parts | None = None,
 ) -> PreTrainedModel:
     """Load the base model of a recipe: in eval mode, frozen, on one device.
 
@@ -52,23 +57,30 @@ def load_base(
         model: where the model is, and the dtype of the weights that are not quantised.
         quantization: "nf4", or "none" for weights in `model.dtype`.
         device: where to put it; the current CUDA device when there is one, else the CPU.
+        without: PiSSA's principal parts, by the names of their modules. Each is taken out of its weight after the
+            cast and before the quantisation, and noted on the layer (`base.principal.part_missing_in`).
 
     Raises:
         ModelError: the model cannot be found, is of a family that is not supported, needs code of its own,
             is stored in another quantised form, or its tensors are not exactly those that its configuration
-            asks for. Nothing is ever initialised in the place of a missing tensor.
+            asks for; or the parts to take out are of other weights than it has. Nothing is ever initialised in the
+            place of a missing tensor.
     """
     device = resolve_device(device)
     folder = model_folder(model)
     config = read_model_config(folder, model)
+    without = without or {}
     if getattr(config, "quantization_config", None) is not None:
+        if without:
+            raise stored_quantized(model.path)
         return _load_stored_nf4(folder, config, model, quantization, device)
 
     shell, quantizer = build_shell(config, model, quantization, device)
+    require_weights_of(shell, without)
     with ExitStack() as stack:
         readers = [stack.enter_context(SafetensorsReader(path)) for path in weight_files(folder)]
         targets, missing = match_tensors(shell, readers, folder)
-        _stream(shell, readers, targets, device)
+        _stream(shell, readers, targets, device, without)
     _finish(shell, quantizer, missing, folder, device)
     return shell
 
@@ -248,7 +260,11 @@ def _first_sentence(error: Exception) -> str:
 
 
 def _stream(
-    shell: PreTrainedModel, readers: list[SafetensorsReader], targets: dict[str, str], device: torch.device
+    shell: PreTrainedModel,
+    readers: list[SafetensorsReader],
+    targets: dict[str, str],
+    device: torch.device,
+    without: Parts,
 ) -> None:
     """Read, cast, quantise and place one tensor after the other, in the order of the files."""
     places = {}
@@ -270,6 +286,10 @@ def _stream(
             value = reader.read(entry.name, buffer=buffer if entry.name in quantized else None)
             # Cast first, quantise second: the order in transformers, and NF4 of the cast weight differs.
             value = value.to(device=device, dtype=shell.config.dtype)
+            part = without.get(targets[entry.name].removesuffix(".weight"))
+            if part is not None:
+                part.take_out_of(value)
+                mark_without(module, part)
             if entry.name in quantized:
                 fill_linear4bit(module, value)
             else:

@@ -124,6 +124,8 @@ def _show(done: Compression, out: str) -> None:
         ("largest errors of s·B·A", "rank", "error"),
         [(m.before.module, f"{b} to {a}", f"{m.error:.2%}") for m, (b, a) in zip(worst, ranks, strict=True)],
     )]  # fmt: skip
+    if any(module.before.num_principal for module in modules):
+        lines.append("of PiSSA this is the change of the whole base, which the result is for too")
     inside = " (for DoRA inside the norm)" if any(m.before.magnitude is not None for m in modules) else ""
     lines += [f"over all modules{inside}: {done.shortened.error:.2%}", "", f"adapter  {out}"]
     click.echo("\n".join(lines))

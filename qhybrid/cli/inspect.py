@@ -109,6 +109,8 @@ def _header(report: Report) -> list[str]:
         lines.append(("template", f"{len(info.chat_template)} characters" if info.chat_template else "none"))
     if report.base_minus is not None:
         lines.append(("note", "PiSSA: it belongs on what is left of the base without its principal part"))
+    if report.num_pissa:
+        lines.append(("note", f"{report.num_pissa} modules are PiSSA; norms and spectra are of s·B·A − s·B0·A0"))
     if info.versions:
         lines.append(("made with", ", ".join(f"{name} {version}" for name, version in info.versions.items())))
     return columns(lines[0], lines[1:], left=2)

@@ -99,11 +99,18 @@ def _header(recipe: Recipe, plan: Plan, facts: ModelFacts) -> list[str]:
     return [
         f"model     {plan.model}: {format_count(spec.num_parameters)} parameters, {quantization} ({facts.source})",
         f"trained   {format_count(plan.layout.num_parameters)} parameters in {num_bands} "
-        f"band{'s' if num_bands > 1 else ''}, {recipe.adapter_dtype}, {training.optim}",
+        f"band{'s' if num_bands > 1 else ''}, {recipe.adapter_dtype}, {training.optim}{_growth(plan)}",
         f"step      {batch} x {format_count(row_length(recipe, spec))} tokens"
         + (f", {training.gradient_accumulation_steps} times" if training.gradient_accumulation_steps > 1 else "")
         + f"; {checkpointed} of {spec.num_layers} layers checkpointed",
     ]
+
+
+def _growth(plan: Plan) -> str:
+    at_most = plan.largest.num_parameters
+    if at_most == plan.layout.num_parameters:
+        return ""
+    return f"; stages may make them {format_count(at_most)}, which the plan is for"
 
 
 def _solved_lines(quantity: str, asked: Recipe, recipe: Recipe, plan: Plan) -> list[str]:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qhybrid.adapters.attach import attach, attach_plain
-from qhybrid.adapters.folder import load_weights, read_plain
+from qhybrid.adapters.folder import load_weights, read_plain, read_principal_parts
 from qhybrid.adapters.info import INFO, AdapterInfo, read_adapter
 from qhybrid.adapters.peft_folder import CONFIG as PEFT_CONFIG
 from qhybrid.adapters.plain import require_untouched_base
@@ -45,6 +45,7 @@ def load_adapter_for_inference(
         ModelError: the base model cannot be loaded, or lacks modules of the layout; or a file of the adapter is a
             link to another place.
     """
+    without = None
     if (folder / PEFT_CONFIG).is_file() and not (folder / INFO).is_file():
         plain = read_plain(folder)
         require_untouched_base(plain)
@@ -54,8 +55,9 @@ def load_adapter_for_inference(
         if folder.is_dir():
             refuse_links_out(folder)
         layout, info = read_adapter(folder)
+        without = read_principal_parts(folder, layout)
     section, quantization = sections_of(info, folder, base, attn_implementation)
-    model = load_base(section, quantization)
+    model = load_base(section, quantization, without=without)
     dtype = getattr(torch, info.adapter_dtype)
     if plain is None:
         model = attach(model, layout, dtype=dtype)

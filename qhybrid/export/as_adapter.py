@@ -76,7 +76,8 @@ def to_int8(job: Job, out: Path, say: Say) -> Exported:
         ExportError: `out` is not free.
     """
     with new_folder(out) as folder:
-        modules = tuple(fold_scaling(m) if m.magnitude is None else m for m in job.adapter)
+        # Of PiSSA s·B0·A0 must stay what was taken out of the base.
+        modules = tuple(m if m.magnitude is not None or m.num_principal else fold_scaling(m) for m in job.adapter)
         save_int8(modules, job.adapter.info, folder)
         say("comparing logits")
         read = read_plain(folder)
@@ -114,8 +115,11 @@ def to_gguf(job: Job, out: Path, dtype: Literal["f32", "f16"], say: Say) -> Expo
         say("writing")
         write_gguf_adapter(job.adapter, read_config(job.base / "config.json"), file, dtype=dtype, name=out.name)
         say("comparing logits")  # of the modules in memory: what llama.cpp makes of the file, the tests hold
-        found = job.parity().difference_of_modules(job.adapter.modules)
+        whole = job.adapter.on_whole_base.modules
+        found = job.parity_on_whole_base().difference_of_modules(whole)
         figures = {**_judged(job, found, "LoRA of this adapter"), "bytes": file.stat().st_size}
+        if job.trained.principal_parts:
+            figures["logits_difference_as_trained"] = job.parity().difference_of_modules(whole)
         code = (
             f"llama-server -m BASE.gguf --lora {file.name}\nollama create NAME -f Modelfile    # beside BASE.gguf"
         )
@@ -134,7 +138,10 @@ def _relative_error(one: PlainModule, other: PlainModule) -> float:
 def _compare_folders(job: Job, folders: Sequence[Path], say: Say) -> dict[str, Any]:
     """The difference of logits when peft loads `folders`; it must be none, unless DoRA was approximated."""
     say("comparing logits")
-    return _judged(job, job.parity().difference_of_folders(folders), "what peft loads")
+    figures = _judged(job, job.parity_on_whole_base().difference_of_folders(folders), "what peft loads")
+    if job.trained.principal_parts:
+        figures["logits_difference_as_trained"] = job.parity().difference_of_folders(folders)
+    return figures
 
 
 def _judged(job: Job, found: float, what: str) -> dict[str, Any]:
@@ -147,4 +154,12 @@ def _judged(job: Job, found: float, what: str) -> dict[str, Any]:
 
 def _told(job: Job, figures: dict[str, Any]) -> tuple[str, ...]:
     told = f"logits differ from the source's by {figures['logits_difference']:.1e} of the largest, in fp32"
-    return (*told_approximation(job), told if job.approximated else f"{told} (the mark is 1e-5)")
+    lines = [*told_approximation(job), told if job.approximated else f"{told} (the mark is 1e-5)"]
+    if job.trained.principal_parts:
+        base = "NF4" if job.quantization.method == "nf4" else job.section.dtype
+        lines.append(
+            f"PiSSA became LoRA of twice the rank, for the whole base; on that in {base}, as in training, logits "
+            f"differ by {figures['logits_difference_as_trained']:.1e}, because {base} rounds another weight: what "
+            "was trained is kept by --to merged" + (" --onto nf4" if base == "NF4" else "")
+        )
+    return tuple(lines)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qhybrid.adapters.low_rank import approximate
 from qhybrid.adapters.plain import PlainAdapter, PlainModule
 from qhybrid.errors import AdapterError
-from qhybrid.export.low_rank import approximate
 from qhybrid.export.merged.rows import merged_weight
 
 WeightOf = Callable[[str], Tensor]  # a module's weight (out, in), by the module's name

@@ -54,7 +54,7 @@ class Job:
     """A checked adapter on its base.
 
     Attributes:
-        trained: the adapter as training left it, on the untouched base.
+        trained: the adapter as training left it, with PiSSA's principal parts known.
         adapter: what is to be written: `trained`, unless DoRA modules were approximated.
         base: the base model's folder.
         is_base_known: whether the adapter knew the hashes of the base, so that it is the right one.
@@ -70,10 +70,24 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
 
     def parity(self) -> ParityCheck:
-        """To compare with the source."""
+        """To compare with the source, on the base as it was in training."""
+        return ParityCheck(self.trained.source, self.section, self.quantization, self._ids())
+
+    def parity_on_whole_base(self) -> ParityCheck:
+        """To compare what is written for the whole base with the source.
+
+        PiSSA on W − s·B0·A0 and its LoRA on W are one function of numbers that are not rounded. NF4 rounds the two
+        weights differently, and so does bf16; so they are compared in fp32.
+        """
+        if not self.trained.principal_parts:
+            return self.parity()
+        section = self.section.model_copy(update={"dtype": "float32", "adapter_dtype": "float32"})
+        whole = self.quantization.model_copy(update={"method": "none"})
+        return ParityCheck(self.trained.source, section, whole, self._ids())
+
+    def _ids(self) -> list[Tensor]:
         rows = probe_rows(self.tokenizer, self.trained.info)[:_PARITY_TEXTS]
-        ids: list[Tensor] = [torch.from_numpy(row.input_ids).long() for row in rows]
-        return ParityCheck(self.trained.source, self.section, self.quantization, ids)
+        return [torch.from_numpy(row.input_ids).long() for row in rows]
 
 
 def prepare(source: Source, say: Say) -> Job:
@@ -116,7 +130,7 @@ def prepare(source: Source, say: Say) -> Job:
             raise ExportError(f"{read.source} has no DoRA modules", hint="leave --dora-to-lora out")
         say("approximating DoRA")
         with BaseWeights(base, getattr(torch, section.dtype), quantization) as weight_of:
-            adapter, approximated = dora_to_lora(trained, weight_of, source.dora_to_lora)
+            adapter, approximated = dora_to_lora(trained.on_whole_base, weight_of, source.dora_to_lora)
     job = Job(trained, adapter, approximated, section, quantization, base, is_known, tokenizer)
     if read.base_minus is not None:
         say("comparing logits")

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from qhybrid.adapters.attach import attach, attach_plain
 from qhybrid.adapters.dora import hold_norms
-from qhybrid.adapters.folder import load_weights
+from qhybrid.adapters.folder import load_weights, read_principal_parts
 from qhybrid.adapters.info import INFO, read_adapter
-from qhybrid.adapters.plain import PlainModule
+from qhybrid.adapters.plain import PlainModule, principal_parts_of
 from qhybrid.base.load import keep_exact_on_cpu, load_base
+from qhybrid.base.principal import Parts
 from qhybrid.errors import ProofError
 from qhybrid.recipe.schema import ModelSection, QuantizationSection
 
@@ -26,8 +27,9 @@ class ParityCheck:
     """Compares the source adapter with what was made of it.
 
     The base is loaded as for training, 4-bit where training had it so, but computes in fp32, and so do the
-    adapters. The source runs in its own form: AdaLoRA with Λ and masks, rsLoRA with its scaling, a peft folder by
-    peft's loader (which takes PiSSA's principal part out of the base, and needs it unquantised for that).
+    adapters. The source runs in its own form: AdaLoRA with Λ and masks, rsLoRA with its scaling, PiSSA on the base
+    without its principal part, a peft folder by peft's loader (which takes PiSSA's principal part out of the base,
+    and needs it unquantised for that).
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class ParityCheck:
         return self._difference(_with_peft(self._base(), folders))
 
     def difference_of_modules(self, modules: Sequence[PlainModule]) -> float:
-        """The same for modules in memory."""
-        return self._difference(attach_plain(self._base(), modules, dtype=torch.float32))
+        """The same for modules in memory: PiSSA's as they were trained."""
+        base = self._base(principal_parts_of(modules))
+        return self._difference(attach_plain(base, modules, dtype=torch.float32))
 
     def _difference(self, model: PreTrainedModel | PeftModel) -> float:
         after = _logits(model, self._ids)
@@ -61,12 +64,12 @@ class ParityCheck:
         before, after = torch.cat(self._before), torch.cat(after)
         return float((before - after).abs().max() / before.abs().max())  # NaN where one of them has one
 
-    def _base(self) -> PreTrainedModel:
+    def _base(self, without: Parts | None = None) -> PreTrainedModel:
         if self._quantization.method == "none":  # in the training's weights, then widened: PiSSA splits those
-            base = load_base(self._trained_section, self._quantization).float()
+            base = load_base(self._trained_section, self._quantization, without=without).float()
             base.config.dtype = torch.float32
         else:
-            base = load_base(self._section, self._quantization)
+            base = load_base(self._section, self._quantization, without=without)
         keep_exact_on_cpu(base)
         return base
 
@@ -74,7 +77,8 @@ class ParityCheck:
         if not (self._source / INFO).is_file():
             return _with_peft(self._base(), [self._source])
         layout, _ = read_adapter(self._source)
-        model = attach(self._base(), layout, dtype=torch.float32)
+        base = self._base(read_principal_parts(self._source, layout))
+        model = attach(base, layout, dtype=torch.float32)
         load_weights(model, layout, self._source)
         return model
 

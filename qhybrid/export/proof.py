@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ from qhybrid.adapters.attach import attach_plain
 from qhybrid.adapters.dora import hold_norms
 from qhybrid.adapters.plain import PlainAdapter
 from qhybrid.base.load import keep_exact_on_cpu, load_base
+from qhybrid.base.principal import parts_missing_in
 from qhybrid.data.tokenize import IGNORED_LABEL, EncodedRow
 from qhybrid.errors import ProofError
 from qhybrid.evaluation.forward import batches, scored_logits
@@ -173,13 +175,12 @@ def prove(
             the same weights with the adapter beside them, on too few tokens.
     """
     dtype = getattr(torch, section.resolved_adapter_dtype)
-    model = attach_plain(load_base(section, quantization), trained.modules, dtype=dtype)
+    model = _with_adapter(trained, section, quantization, dtype)
     reference = Reference(model, rows)
     is_quantized = quantization.method != "none"
     bits = "4-bit" if is_quantized else "16-bit"
     figures = [reference.own(f"{bits} + adapter")]
-    with model.disable_adapter():
-        base = reference.compare(f"{bits} base", model)
+    base = _without_adapter(f"{bits} base", reference, model, section, quantization)
     figures.append(base)
     del model
     beside = reference
@@ -187,12 +188,11 @@ def prove(
     assert onto in forms
     for form in forms:
         if is_quantized and form == "16bit":
-            model = attach_plain(_unquantized(section), adapter.modules, dtype=dtype)
+            model = _with_adapter(adapter, section, _UNQUANTIZED, dtype)
             figures.append(reference.compare("16-bit + adapter", model))
             if onto == "16bit":
                 beside = Reference(model, rows)
-            with model.disable_adapter():
-                figures.append(reference.compare("16-bit base", model))
+            figures.append(_without_adapter("16-bit base", reference, model, section, _UNQUANTIZED))
             if onto == "16bit":
                 base = figures[-1]
             del model
@@ -250,7 +250,29 @@ def _judge(proof: Proof, base: Figures) -> None:
         )
 
 
+def _with_adapter(
+    adapter: PlainAdapter, section: ModelSection, quantization: QuantizationSection, dtype: torch.dtype
+) -> PeftModel:
+    base = load_base(section, quantization, without=adapter.principal_parts)
+    return attach_plain(base, adapter.modules, dtype=dtype)
+
+
+def _without_adapter(
+    name: str, reference: Reference, model: PeftModel, section: ModelSection, quantization: QuantizationSection
+) -> Figures:
+    """The base's figures; it is loaded anew where `model` has only what PiSSA left of it."""
+    if parts_missing_in(model.get_base_model()):
+        whole = load_base(section, quantization)
+        keep_exact_on_cpu(whole)
+        return reference.compare(name, whole)
+    with model.disable_adapter():
+        return reference.compare(name, model)
+
+
+_UNQUANTIZED = QuantizationSection.model_validate({"method": "none"})
+
+
 def _unquantized(section: ModelSection) -> PreTrainedModel:
-    model = load_base(section, QuantizationSection.model_validate({"method": "none"}))
+    model = load_base(section, _UNQUANTIZED)
     keep_exact_on_cpu(model)
     return model

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from qhybrid.architecture.growth import least_cost
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.planner.plan import Plan
 from qhybrid.planner.solve import (
@@ -202,7 +203,7 @@ def _narrow_adapters(recipe: Recipe, spec: ModelSpec, plan: Planner):
 
 
 def _smaller_states(recipe: Recipe, spec: ModelSpec, plan: Planner):
-    if not recipe.training.optim.startswith("adamw_torch"):
+    if not recipe.training.optim.startswith("adamw_torch") or any(stage.expand for stage in recipe.stages):
         return None
     eight_bit = with_training(recipe, optim="adamw_bnb_8bit")
     if fits(plan, eight_bit):
@@ -222,6 +223,27 @@ def _smaller_batch(recipe: Recipe, spec: ModelSpec, plan: Planner):
         return None
     best = next((size for size in smaller if fits(plan, with_batch(size))), 1)
     return with_batch(best), "the same step in more, smaller parts: the GPU is used less well"
+
+
+def _less_growth(recipe: Recipe, spec: ModelSpec, plan: Planner):
+    growing = [stage.expand for stage in recipe.stages if stage.expand]
+    here = plan(recipe)
+    costs = [least_cost(expand, here.layout) for expand in growing]
+    if not growing or None in costs:
+        return None
+
+    def with_budget(most: int) -> Recipe:
+        stages = []
+        for stage in recipe.stages:
+            if stage.expand and (stage.expand.budget is None or stage.expand.budget > most):
+                stage = stage.model_copy(update={"expand": stage.expand.model_copy(update={"budget": most})})
+            stages.append(stage)
+        return recipe.model_copy(update={"stages": tuple(stages)})
+
+    least = max(cost for cost in costs if cost)
+    grows = here.largest.num_parameters - here.layout.num_parameters
+    best = largest(least, max(least, grows), lambda most: fits(plan, with_budget(most)))
+    return with_budget(best or least), "other results: the stages expand fewer modules"
 
 
 def _attention_only(recipe: Recipe, spec: ModelSpec, plan: Planner):
@@ -271,6 +293,7 @@ _LEVERS: dict[str, _Lever] = {
     "adapter dtype": _narrow_adapters,
     "optimizer": _smaller_states,
     "batch": _smaller_batch,
+    "stages": _less_growth,
     "targets": _attention_only,
     "rank": _less_rank,
     "length": _shorter_rows,
@@ -302,6 +325,9 @@ def overrides_between(before: Recipe, after: Recipe) -> tuple[str, ...]:
                 found.append(f"adapters.{name}.adalora.init_rank={other.init_rank}")
         if one.target_modules != other.target_modules:
             found.append(f"adapters.{name}.target_modules={','.join(other.target_modules)}")
+    for index, (one, other) in enumerate(zip(before.stages, after.stages, strict=True)):
+        if one != other and other.expand is not None:
+            found.append(f"stages.{index}.expand.budget={other.expand.budget}")
     return tuple(found)
 
 

@@ -59,6 +59,10 @@ _RULES = {
 }
 _ASSUMED = Rule(2, FP32, known=False)
 
+# Of these every state has the parameter's shape and begins at zero, so a rank more is a row of zeros more. Paged
+# states, blocks of 8 or 4 bits, factored moments and the averaged weights of schedule-free optimizers are not so.
+GROWING = ("adamw_torch_fused", "adamw_torch", "sgd", "adagrad", "rmsprop", "lion_32bit", "rmsprop_bnb_32bit")
+
 
 def rule_of(optim: str) -> Rule:
     """The rule of transformers' optimizer `optim`; two fp32 states are assumed of those that are not known."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qhybrid.architecture.bands import build_layout
+from qhybrid.architecture.growth import largest_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.planner import constants
@@ -62,6 +63,7 @@ class Plan:
     download: int  # of the model, in 16 bits
     checkpoint: int  # one on disk: adapters, optimizer states, AdaLoRA's scores
     layout: Layout
+    largest: Layout  # what the recipe's stages may make of it: what everything above is for
     caps: tuple[RankCap, ...] = ()
 
     @property
@@ -129,6 +131,7 @@ class Plan:
             "moments": self.prediction.moments,
             "adapters_by_band": self.prediction.bands,
             "num_trained_parameters": self.layout.num_parameters,
+            "num_trained_parameters_at_most": self.largest.num_parameters,
             "rank_caps": [dataclasses.asdict(cap) for cap in self.caps],
             "assumptions": list(self.prediction.assumptions),
         }
@@ -156,7 +159,8 @@ def make_plan(
         LayoutError: the bands do not fit the model.
     """
     layout = build_layout(recipe, spec)
-    prediction = predict(recipe, spec, layout, device=device, longest=longest, padded=padded)
+    largest = largest_layout(recipe, layout)
+    prediction = predict(recipe, spec, largest, device=device, longest=longest, padded=padded)
     workspace = constants.cublas_workspace(budget.gpu) if device == "cuda" else 0
     load = _load_peak(recipe, spec, device)
     remainders = 0
@@ -186,6 +190,7 @@ def make_plan(
         download=spec.num_parameters * 2,
         checkpoint=states,
         layout=layout,
+        largest=largest,
         caps=caps,
     )
 

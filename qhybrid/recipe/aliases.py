@@ -12,8 +12,8 @@ from qhybrid.recipe.unfold import unfold_adapters, unfold_arms
 from qhybrid.recipe.yaml_source import Path, Source
 
 SECTIONS = (
-    "model", "quantization", "adapters", "schedule", "ranks", "data", "training", "memory", "distributed",
-    "sweep", "output_dir",
+    "model", "quantization", "adapters", "schedule", "ranks", "stages", "data", "training", "memory",
+    "distributed", "monitoring", "sweep", "output_dir",
 )  # fmt: skip
 
 # Their name at the top level: our path. "adapters" means every band of the recipe, "sources" every data source.

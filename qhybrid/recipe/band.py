@@ -74,7 +74,8 @@ class BandSection(Section):
     alpha: Annotated[float, Field(gt=0)] | None = None  # twice the rank when left out
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[tuple[str, ...], Field(strict=False), or_also({"type": "string"})] = ("all-linear",)
-    init: Literal["kaiming", "gaussian"] | None = None  # of A; B starts at zero. AdaLoRA has its own.
+    # Of A, while B starts at zero; pissa trains W's principal part in place of a change. AdaLoRA has its own.
+    init: Literal["kaiming", "gaussian", "pissa"] | None = None
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 1.0  # B's learning rate over A's
     # How the planner may lower the rank when the memory does not suffice (memory.on_exceed: cap_rank).
     min_rank: Annotated[int, Field(ge=1)] | None = None  # 4, or the rank where that is less
@@ -129,6 +130,8 @@ class BandSection(Section):
             raise ValueError(
                 "a dora band needs dropout 0: with dropout the base product must be computed a second time"
             )
+        if self.init == "pissa" and self.dropout > 0:
+            raise ValueError("init pissa needs dropout 0: dropout would drop parts of the weight itself")
         if self.kind == "adalora":
             if self.loraplus_lr_ratio != 1:
                 raise ValueError("loraplus_lr_ratio has no meaning for adalora: P, Λ and Q share one rate")

@@ -26,6 +26,7 @@ from qhybrid.recipe.aliases import (
 from qhybrid.recipe.excerpt import excerpt, excerpt_key, excerpt_list
 from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.shipped import find_shipped, shipped_names
+from qhybrid.recipe.stages import resolved_stages
 from qhybrid.recipe.training_fields import OWNED_ELSEWHERE, TrainingSection
 from qhybrid.recipe.unfold import OVER_ALL_BANDS
 from qhybrid.recipe.yaml_source import (
@@ -112,7 +113,8 @@ def resolve(recipe: Recipe) -> Recipe:
             filled["init"] = band.init or (None if recipe.ranks and recipe.ranks.initialise else "kaiming")
         bands.append(band.model_copy(update=filled))
     model = recipe.model.model_copy(update={"adapter_dtype": recipe.adapter_dtype})
-    return recipe.model_copy(update={"model": model, "adapters": tuple(bands)})
+    settled = {"model": model, "adapters": tuple(bands), "stages": resolved_stages(recipe)}
+    return recipe.model_copy(update=settled)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -280,7 +282,8 @@ def _as_recipe_error(
         if len(found) == _MAX_PROBLEMS:
             found.append((f"and {len(problems) - number:,} more problems", None))
             break
-        path = _without_tags(problem["loc"])
+        inside = getattr((problem.get("ctx") or {}).get("error"), "path", ())  # of a check over several sections
+        path = _without_tags((*problem["loc"], *inside))
         if path in seen:
             continue  # what another member of a union would have taken
         seen.add(path)
@@ -362,7 +365,8 @@ def _describe(problem: dict[str, Any], path: KeyPath) -> tuple[str, str | None]:
         shown = ", ".join(choices) if len(choices) <= 16 else ", ".join(choices[:16]) + ", …"
         return f"{excerpt(given)} is not one of: {shown}", f"did you mean {nearest!r}?" if nearest else None
     if kind == "value_error":
-        return str(context.get("error", problem["msg"])), None
+        error = context.get("error", problem["msg"])
+        return str(error), getattr(error, "hint", None)
     if kind == "model_type":
         return (
             f"must be a mapping of keys, not {excerpt(given)}",

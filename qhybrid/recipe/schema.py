@@ -11,8 +11,11 @@ from pydantic import Field, field_validator, model_validator
 from qhybrid.recipe.band import LONGEST_LAYERS, BandSection, named_bands
 from qhybrid.recipe.distributed import DistributedSection
 from qhybrid.recipe.excerpt import excerpt
+from qhybrid.recipe.monitoring import MonitoringSection
 from qhybrid.recipe.ranks import DataRanks, Schedule, expand_rank_names
 from qhybrid.recipe.section import Section, or_also
+from qhybrid.recipe.stage_checks import check_stages
+from qhybrid.recipe.stages import MOST_STAGES, StageSection
 from qhybrid.recipe.sweep import SweepSection
 from qhybrid.recipe.training_fields import TrainingSection
 from qhybrid.units import parse_bytes
@@ -162,6 +165,8 @@ class Recipe(Section):
     training: TrainingSection = TrainingSection()
     memory: MemorySection = MemorySection()
     distributed: DistributedSection = DistributedSection()
+    stages: Annotated[tuple[StageSection, ...], Field(max_length=MOST_STAGES, strict=False)] = ()
+    monitoring: MonitoringSection = MonitoringSection()
     sweep: SweepSection | None = None  # what `qhybrid ranks sweep` runs; `qhybrid sft` leaves it alone
     output_dir: Annotated[str, Field(min_length=1)]
 
@@ -196,6 +201,20 @@ class Recipe(Section):
         if self.distributed.processes > 1 and not self.training.average_tokens_across_devices:
             raise ValueError(
                 "training.average_tokens_across_devices: false weighs the tokens of several processes unequally"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_preconditioner_has_its_gradients(self) -> Self:
+        training = self.training
+        if training.preconditioner is None:
+            if training.preconditioner_delta != type(training).model_fields["preconditioner_delta"].default:
+                raise ValueError("training.preconditioner_delta has no effect without training.preconditioner")
+            return self
+        if any(band.kind == "adalora" and band.adalora_settings.regularizer_in_scores for band in self.adapters):
+            raise ValueError(
+                "training.preconditioner does not go with adalora.regularizer_in_scores: the regulariser is added "
+                "after it, and the scores are taken before"
             )
         return self
 
@@ -239,11 +258,31 @@ class Recipe(Section):
                     raise ValueError(
                         f"ranks {self.ranks.method}: band {band.band!r} of kind adalora finds its own"
                     )
+                if band.init == "pissa":
+                    raise ValueError(
+                        f"ranks {self.ranks.method} decides after the base is loaded, and init: pissa of band "
+                        f"{band.band!r} must be known before"
+                    )
                 if self.ranks.initialise and band.init is not None:
                     raise ValueError(
                         f"init of band {band.band!r} has no effect beside ranks {self.ranks.method}, which "
                         "initialises too; remove it, or set ranks.initialise: false"
                     )
+        return self
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _name_the_stages(cls, values: Any) -> Any:
+        if not isinstance(values, (list, tuple)):
+            return values
+        return [
+            {"name": f"stage{number}", **stage} if isinstance(stage, dict) else stage
+            for number, stage in enumerate(values)
+        ]
+
+    @model_validator(mode="after")
+    def _stages_can_happen(self) -> Self:
+        check_stages(self)
         return self
 
     @model_validator(mode="after")

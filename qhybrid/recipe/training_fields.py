@@ -51,7 +51,9 @@ OWNED_ELSEWHERE = {
 }
 
 # Fields that are ours and not trl's.
-OUR_FIELDS = ("early_stopping_patience", "early_stopping_threshold")
+OUR_FIELDS = (
+    "early_stopping_patience", "early_stopping_threshold", "preconditioner", "preconditioner_delta",
+)  # fmt: skip
 
 Tracker = Literal[
     "all",
@@ -287,6 +289,9 @@ class TrainingSection(BaseModel):
     # Not in SFTConfig: stop when metric_for_best_model has not improved for this many evaluations.
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    # Not in SFTConfig: multiplies the adapters' gradients by the inverse of (metric + delta·I), arXiv 2402.02347.
+    preconditioner: Literal["riemannian"] | None = None
+    preconditioner_delta: Annotated[float, Field(gt=0)] = 0.01
 
     @field_validator(*OWNED_ELSEWHERE, mode="before")
     @classmethod

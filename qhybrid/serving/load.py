@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 from qhybrid.adapters.attach import attach_plain
 from qhybrid.adapters.bases import require_one_base, require_own_base
 from qhybrid.adapters.folder import read_plain
-from qhybrid.adapters.plain import PlainAdapter, require_untouched_base
+from qhybrid.adapters.pissa import distance_on_whole_base
+from qhybrid.adapters.plain import PlainAdapter, PlainModule, require_untouched_base
 from qhybrid.architecture.layout import first_fault
 from qhybrid.base.load import keep_exact_on_cpu, load_base
 from qhybrid.base.locate import model_folder
+from qhybrid.base.principal import Parts, same_parts
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.errors import ModelError, ServingError
 from qhybrid.evaluation.models import sections_of, tokenizer_of
@@ -59,6 +61,10 @@ def load_engine(adapters: Sequence[tuple[str, Path]], choice: BaseChoice) -> Eng
     A and B have the dtype that they were trained in, or fp32 where the base model is not in bf16: what is rounded
     in one adapter of a mixed batch would otherwise be rounded in all.
 
+    PiSSA was trained on what is left of the base without its principal parts. If all adapters were trained on the
+    same such rest, that is loaded, and the base model by itself is the rest with the principal parts beside it.
+    Else the whole base is, and PiSSA runs on it as LoRA at twice the rank; the notes say how far from training.
+
     Args:
         adapters: names and folders. The first says how the base model is loaded, where `choice` does not.
 
@@ -82,7 +88,8 @@ def load_engine(adapters: Sequence[tuple[str, Path]], choice: BaseChoice) -> Eng
             )
     if not choice.other_base:
         require_own_base([plain for _, plain in read], model_folder(section))
-    model: PreTrainedModel | PeftModel = load_base(section, quantization)
+    without = _common_parts([plain for _, plain in read])
+    model: PreTrainedModel | PeftModel = load_base(section, quantization, without=without)
     keep_exact_on_cpu(model)
     max_context = _max_context(model, choice.max_context)
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -114,8 +121,48 @@ def load_engine(adapters: Sequence[tuple[str, Path]], choice: BaseChoice) -> Eng
                 f"{name} was trained on a base in {_words(info.quantization, info.dtype)}, and is served on "
                 f"one in {_words(quantization.method, section.dtype)}"
             )
-    models.append(served(name_of_base, BASE, Prompter(load_tokenizer(section))))
+        parts = {} if without else plain.principal_parts
+        if parts:
+            moved, own = distance_on_whole_base(
+                parts, model_folder(section), getattr(torch, section.dtype), quantization, device=device
+            )
+            notes.append(
+                f"{name} is PiSSA and shares the base with others: its weights differ from the trained ones by "
+                f"{moved:.2%} of their norm, beside {own:.2%} that the base is rounded by in "
+                f"{_words(quantization.method, section.dtype)}; alone it would run as trained"
+            )
+    base_adapter, words = BASE, _words(quantization.method, section.dtype)
+    if without:
+        base_adapter = "base"
+        dtype = getattr(torch, read[0][1].info.adapter_dtype if section.dtype == "bfloat16" else "float32")
+        model = attach_plain(model, _whole_again(read[0][1].modules), dtype=dtype, name=base_adapter)
+        notes.append(
+            f"{name_of_base} is what PiSSA left of the base, in {words}, and the principal part beside it: near "
+            "the base model, not equal to it"
+        )
+    models.append(served(name_of_base, base_adapter, Prompter(load_tokenizer(section))))
     return Engine(model, models, notes)
+
+
+def _common_parts(adapters: Sequence[PlainAdapter]) -> Parts:
+    """What the base of all adapters was without in training; empty where they differ, or nothing is PiSSA."""
+    parts = [adapter.principal_parts for adapter in adapters]
+    return parts[0] if parts and all(same_parts(parts[0], other) for other in parts[1:]) else {}
+
+
+def _whole_again(modules: Sequence[PlainModule]) -> list[PlainModule]:
+    """The adapter that changes nothing: B0·A0 in the place of B·A."""
+    parts = [(module.module, part) for module in modules if (part := module.principal) is not None]
+    return [
+        PlainModule(
+            name,
+            torch.cat([part.a, part.a]),
+            torch.cat([part.b, -part.b], dim=1),
+            part.scaling,
+            num_principal=len(part.a),
+        )
+        for name, part in parts
+    ]
 
 
 def _sections(

@@ -19,6 +19,7 @@ from transformers import PrinterCallback
 
 from qhybrid.adapters.attach import attach
 from qhybrid.architecture.bands import build_layout
+from qhybrid.architecture.growth import largest_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import spec_from_config
 from qhybrid.recipe.load import resolve
@@ -61,7 +62,8 @@ def simulate(
     """
     recipe = resolve(recipe)
     asked, recipe = recipe.training, _on_meta(shortened(recipe))
-    layout = build_layout(recipe, spec_from_config(config))
+    layout = largest_layout(recipe, build_layout(recipe, spec_from_config(config)))
+    recipe = recipe.model_copy(update={"stages": ()})  # which begin later than the steps that are simulated
     tracker = StorageTracker(
         rounding=CUDA_ROUNDING if device == "cuda" else 1,
         scratch=scratch_of(device),

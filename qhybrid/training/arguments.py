@@ -46,6 +46,10 @@ def training_arguments(recipe: Recipe, checkpoints: Path, deepspeed: dict[str, A
         training.early_stopping_patience is not None or training.save_strategy == "best"
     ):
         values["metric_for_best_model"] = "eval_loss"
+    if training.preconditioner is not None:
+        values["max_grad_norm"] = (
+            0.0  # gradients are clipped before they are preconditioned; see training/trainer.py
+        )
     if deepspeed is not None:
         values["deepspeed"] = deepspeed
         values["bf16"] = False  # or accelerate would have DeepSpeed cast what is trained; see training/zero.py

@@ -200,7 +200,7 @@ _MAY_DIFFER = (
     "training.logging_steps", "training.report_to", "training.run_name", "training.save_total_limit",
     "training.gradient_checkpointing", "training.per_device_eval_batch_size", "memory.vram",
     "memory.on_exceed", "memory.checkpoint_layers", "training.activation_checkpointing", "distributed.offload",
-    "distributed.zero_stage", "sweep",
+    "distributed.zero_stage", "monitoring", "sweep",
 )  # fmt: skip
 # They may differ as long as an optimizer step takes as many rows: the same ones then.
 _SPLIT = (

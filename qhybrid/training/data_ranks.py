@@ -1,4 +1,4 @@
-"""Ranks that the training data decides: once, before the first step; a resumed run keeps them."""
+"""Ranks that the training data decides, once, before the first step; a checkpoint has them with its layout."""
 
 from __future__ import annotations
 
@@ -32,9 +32,6 @@ def rank_by_data(
         layout: the uniform one that was planned with.
         report: takes the name of an event and its facts.
     """
-    if run.resume_from is not None:
-        kept = Layout.from_json(run.layout_file.read_bytes(), str(run.layout_file))
-        return kept, {}  # the checkpoint has the values
     section = recipe.ranks
     assert section is not None
 

@@ -13,7 +13,7 @@ from qhybrid.training.claim import has_replaced
 from qhybrid.training.data_ranks import told_ranks
 from qhybrid.training.planning import smaller_plan
 from qhybrid.training.run import Run
-from qhybrid.units import format_bytes
+from qhybrid.units import format_bytes, format_count
 
 _BACK = "no step was taken: the run that was to be replaced is back as it was"
 
@@ -39,6 +39,31 @@ def out_of_memory(
     return TrainingError(message, hint=f"try {smaller}; {what_is_left(run)}")
 
 
+def stage_told(facts: dict[str, Any]) -> str:
+    """What a stage did, in a line."""
+    name, step = facts["stage"], facts["step"]
+    if facts["passed_over"]:
+        return f"stage    {name} is passed over after step {step}: what it waited for has not come"
+    parts = []
+    grown = [(growth["before"], growth["after"]) for growth in facts["expanded"].values()]
+    if grown:
+        before, after = (_range(ranks) for ranks in zip(*grown, strict=True))
+        count = f"{len(grown)} module{'s' if len(grown) > 1 else ''} from rank {before} to {after}"
+        parts.append(
+            f"{count}, {format_count(facts['num_parameters_before'])} to {format_count(facts['num_parameters'])} "
+            "parameters"
+        )
+    if facts["froze"] or facts["unfroze"]:
+        words = [("frozen", facts["froze"]), ("trained again", facts["unfroze"])]
+        parts += [f"{word}: {', '.join(bands)}" for word, bands in words if bands]
+        parts.append(f"the backward pass ends at layer {facts['lowest_trained_layer']}")
+    return f"stage    {name} after step {step}: {'; '.join(parts) or 'there is nothing that it could expand'}"
+
+
+def _range(ranks: tuple[int, ...]) -> str:
+    return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}-{max(ranks)}"
+
+
 def told(event: str, facts: dict[str, Any], expected: Plan) -> str:
     """An event in words, for the console."""
     if event == "out_of_memory":
@@ -51,6 +76,8 @@ def told(event: str, facts: dict[str, Any], expected: Plan) -> str:
     if event == "ranks_pass":
         what = "gradients" if facts["method"] == "gora" else "inputs"
         return f"ranks    looking at {what}, pass {facts['number']} of {facts['total']}"
+    if event == "stage":
+        return stage_told(facts)
     rows = ", ".join(facts["rows"][:8]) + (" …" if len(facts["rows"]) > 8 else "")
     if event == "loss_spike":
         return f"note: the loss leapt to {facts['loss']:.4f} at step {facts['step']}; its rows: {rows}"

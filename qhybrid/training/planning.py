@@ -9,6 +9,7 @@ from typing import Any
 
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
+from qhybrid.base.principal import PISSA
 from qhybrid.disk import write_atomically
 from qhybrid.errors import MemoryPlanError
 from qhybrid.planner.advise import ways_to_fit
@@ -19,7 +20,7 @@ from qhybrid.planner.solve import asked_ranks, rank_caps, solve_rank, with_ranks
 from qhybrid.planner.workload import WIDTHS, Device
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.run import Run
-from qhybrid.units import format_bytes
+from qhybrid.units import format_bytes, format_count
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,14 @@ def smaller_plan(recipe: Recipe, spec: ModelSpec, expected: Plan, longest: int) 
 
 
 def checkpoint_bytes(recipe: Recipe, layout: Layout) -> int:
-    """What a checkpoint takes on the disk, about: adapters, the optimizer's states and AdaLoRA's averages.
+    """What a checkpoint takes on the disk, about: adapters, PiSSA's first ones, optimizer states and scores.
 
     Beside them are the layout and the names of all tensors, about 1 KiB for each module, and random states.
     """
     width = WIDTHS[recipe.adapter_dtype]
     states = optimizer_states(layout, width, rule_of(recipe.training.optim), 1, "cpu")
     beside = 1024 * len(layout) + 32_768
+    beside += sum(width * row.rank * (row.in_features + row.out_features) for row in layout if row.init == PISSA)
     return sum(adapter_bytes(layout, width, 1).values()) + sum(states) + adalora_scores(layout, 1) + beside
 
 
@@ -154,6 +156,11 @@ def plan_lines(plan: Plan) -> list[str]:
             lines.append(f"note: {cap.told}: more does not fit")
     limit = f" of {format_bytes(plan.budget.vram)}" if plan.budget.vram is not None else ""
     what = "" if plan.device == "cpu" else f", {format_bytes(plan.allocated)} of them in tensors"
+    at_most = plan.largest.num_parameters
+    if at_most > plan.layout.num_parameters:
+        lines.append(
+            f"stages   may make the trained parameters {format_count(at_most)}; the memory is planned for it"
+        )
     lines.append(f"memory   {format_bytes(plan.needed)}{limit} needed{what}; most in: {plan.moment}")
     if plan.fits is False:
         lines.append("note: the plan does not fit; memory.on_exceed: ignore lets it run")

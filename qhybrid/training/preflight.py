@@ -16,6 +16,7 @@ from qhybrid.recipe.schema import Recipe
 from qhybrid.training.claim import check_claim
 from qhybrid.training.planning import with_earlier_caps
 from qhybrid.training.processes import with_processes
+from qhybrid.training.stage_plan import check_stage_plan, stage_steps
 
 
 def settle(loaded: LoadedRecipe, *, resume: bool = False) -> Recipe:
@@ -65,5 +66,7 @@ def check_inputs(recipe: Recipe, base_folder: Path) -> None:
     files = find_local(recipe.model)
     if files is not None and files.kind == "folder":
         layout = build_layout(recipe, read_spec(files.path))
+        check_stage_plan(recipe, layout)
         if recipe.training.max_steps > 0:
             plan_schedules(recipe.adapters, layout, recipe.training.max_steps)
+            stage_steps(recipe, layout, recipe.training.max_steps)

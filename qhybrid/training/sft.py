@@ -26,7 +26,7 @@ from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec, read_spec
 from qhybrid.base.facts import model_facts
 from qhybrid.base.fingerprint import config_hash
-from qhybrid.base.load import load_base
+from qhybrid.base.load import load_base, resolve_device
 from qhybrid.base.locate import find_local, hub_commit, model_folder
 from qhybrid.base.tokenizer import load_tokenizer, save_tokenizer
 from qhybrid.data.prepare import PreparedData, prepare_data
@@ -47,8 +47,10 @@ from qhybrid.recipe.load import LoadedRecipe
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.arguments import training_arguments
 from qhybrid.training.callbacks.allocate import AllocateRanks
+from qhybrid.training.callbacks.monitor import Monitor
 from qhybrid.training.callbacks.record import RecordSteps
 from qhybrid.training.callbacks.replace import DiscardReplaced
+from qhybrid.training.callbacks.stages import BeginStages
 from qhybrid.training.callbacks.stop import StopWhenAsked
 from qhybrid.training.callbacks.watch import WatchLoss
 from qhybrid.training.checkpoint import require_space
@@ -59,6 +61,7 @@ from qhybrid.training.display import ProgressDisplay
 from qhybrid.training.events import EventLog
 from qhybrid.training.memory import hardware_of, is_out_of_memory, limit_vram
 from qhybrid.training.messages import out_of_memory, told, what_is_left
+from qhybrid.training.pissa import parts_of_run
 from qhybrid.training.planning import (
     Hardware,
     checkpoint_bytes,
@@ -83,8 +86,10 @@ from qhybrid.training.processes import (
 )
 from qhybrid.training.run import Run, begin, check_base, versions
 from qhybrid.training.signals import Interrupted, StopSignals, stop_signals
+from qhybrid.training.stage_plan import check_stage_plan
 from qhybrid.training.summary import announce, figures_of, predicted_memory
 from qhybrid.training.trainer import BandedTrainer
+from qhybrid.training.trainer_stages import read_layout
 from qhybrid.training.zero import deepspeed_config
 
 
@@ -159,11 +164,14 @@ def _run(
         base = model_folder(recipe.model)
     date = (before or {}).get("date") or today or agree(lambda: datetime.date.today().isoformat())
     prepared = together(lambda: _prepare(loaded, recipe, plan, base, hardware, earlier, date))
-    recipe, layout, data = prepared.recipe, prepared.layout, prepared.data
+    recipe, data = prepared.recipe, prepared.data
     if len(set(gather(data.fingerprint))) > 1:
         raise DataError("the processes read different data", hint="give every machine the same files")
     with contextlib.ExitStack() as stack:
         run = agree(lambda: stack.enter_context(claim(recipe, resume=resume, overwrite=overwrite)))
+        if run.resume_from is not None:  # stages may have changed it
+            prepared = replace(prepared, layout=agree(lambda: read_layout(run.resume_from)))
+        layout = prepared.layout
         agree(lambda: _begin(run, prepared, base, date))
         announce(console, recipe, layout, data, run, limit_vram(recipe.memory.vram))
         for line in (*plan_lines(prepared.plan), *(f"note: {note}" for note in run.notes)):
@@ -229,6 +237,7 @@ def _prepare(
 ) -> _Prepared:
     spec = read_spec(base)
     layout = build_layout(recipe, spec)
+    check_stage_plan(recipe, layout)
     # What needs no model is looked at before the folder is claimed.
     training_arguments(recipe, Path(recipe.output_dir))
     tokenizer = load_tokenizer(recipe.model)
@@ -246,10 +255,9 @@ def _prepare(
 
 def _begin(run: Run, prepared: _Prepared, base: Path, date: str) -> None:
     """Write what is known before training."""
-    require_space(run.folder, checkpoint_bytes(prepared.recipe, prepared.layout))
+    require_space(run.folder, checkpoint_bytes(prepared.recipe, prepared.plan.largest))
     begin(run, prepared.recipe, prepared.data.fingerprint, check_base(run, base), date)
-    if prepared.recipe.ranks is None or run.resume_from is None:
-        write_atomically(run.layout_file, prepared.layout.to_json())
+    write_atomically(run.layout_file, prepared.layout.to_json())
     write_plan(run, prepared.plan, prepared.expected)
     if prepared.deepspeed is not None:
         write_atomically(run.deepspeed_file, json.dumps(prepared.deepspeed, indent=2) + "\n")
@@ -274,16 +282,16 @@ def _train(
     prepared: _Prepared, info: AdapterInfo, run: Run, events: EventLog, console: Console, signals: StopSignals
 ) -> dict[str, Any]:
     recipe, layout, tokenizer = prepared.recipe, prepared.layout, prepared.tokenizer
+    device = resolve_device("cpu" if recipe.training.use_cpu else None)
+    without = agree(lambda: parts_of_run(recipe, layout, run, device, console))
 
     def report(event: str, **facts: Any) -> None:
         events.write(event, **facts)
         console.print(told(event, facts, prepared.expected), highlight=False, soft_wrap=True, markup=False)
 
-    base = together(
-        lambda: load_base(recipe.model, recipe.quantization, device="cpu" if recipe.training.use_cpu else None)
-    )
+    base = together(lambda: load_base(recipe.model, recipe.quantization, device=device, without=without))
     initial: InitialValues = {}
-    if recipe.ranks is not None:
+    if recipe.ranks is not None and run.resume_from is None:
         layout, initial = rank_by_data(recipe, layout, base, prepared.data.train, run, report)
         prepared = replace(prepared, layout=layout)
 
@@ -302,6 +310,8 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(AllocateRanks(trainer, events))
+    trainer.add_callback(BeginStages(trainer, run, report))
+    trainer.add_callback(Monitor(trainer, events, run.events_file))
     trainer.add_callback(RecordSteps(trainer, events, display))
     if place().is_main:
         trainer.add_callback(DiscardReplaced(run))
@@ -317,8 +327,9 @@ def _train(
 
     def finish() -> dict[str, Any]:
         with whole_folder(run.adapter) as folder:
-            save_adapter(trainer.model, layout, info, folder)
+            save_adapter(trainer.model, trainer.layout, info, folder)
             save_tokenizer(tokenizer, folder)
+        write_atomically(run.layout_file, trainer.layout.to_json())  # the best checkpoint may be an earlier one's
         _require_allocations(trainer, run)
         return figures_of(trainer, events, run, seconds=time.perf_counter() - began)
 
@@ -364,8 +375,9 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
 
 
 def _require_allocations(trainer: BandedTrainer, run: Run) -> None:
+    frozen = trainer.stages.frozen if trainer.stages else ()
     for allocator in trainer.allocators:
-        if allocator.num_allocations == 0:
+        if allocator.num_allocations == 0 and allocator.band not in frozen:
             schedule = allocator.schedule
             first = min(schedule.warmup_steps + schedule.interval, schedule.last_allocation)
             raise AllocationError(

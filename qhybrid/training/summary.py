@@ -42,6 +42,10 @@ def figures_of(trainer: BandedTrainer, events: EventLog, run: Run, seconds: floa
             figures["adapter_of_step"] = step_of(Path(best))
     if trainer.state.global_step < trainer.state.max_steps:
         figures["stopped_early_of"] = trainer.state.max_steps
+    if trainer.stages:
+        figures["stages"] = [stage.name for stage in trainer.recipe.stages]
+        figures["stages_begun"] = trainer.stages.begun
+        figures["num_trained_parameters"] = trainer.layout.num_parameters
     if trainer.allocators:
         figures["live_ranks"] = trainer.num_live_triplets()
         figures["target_ranks"] = sum(allocator.schedule.target_budget for allocator in trainer.allocators)
@@ -73,13 +77,18 @@ def announce(
     for band in layout.bands:
         rows = layout.of_band(band)
         first, last = rows[0], rows[-1]
-        rank = f"{first.rank}→{first.target_rank}" if first.kind == "adalora" else str(first.rank)
+        ranks = sorted({row.rank for row in rows})
+        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        if first.kind == "adalora":
+            rank += f"→{first.target_rank}"
         plus = f", LoRA+ ratio {first.loraplus_lr_ratio:g}" if first.loraplus_lr_ratio != 1 else ""
         line(
             f"band     {band}: {first.kind} rank {rank}{plus}, layers {first.layer}-{last.layer}, "
             f"{len(rows)} modules"
         )
     line(f"trained  {format_count(layout.num_parameters)} parameters")
+    for stage in recipe.stages:
+        line(f"stage    {stage.told()}")
     line(data.audit.to_text())
     if data.eval is not None and recipe.training.eval_strategy == "no":
         line("note: evaluation rows are given, but training.eval_strategy is no: they are not looked at")
@@ -124,6 +133,12 @@ def summary_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     ):
         if f"peak_{name}" in figures:
             rows.append((title, _beside_prediction(figures, name)))
+    if "stages" in figures:
+        missing = [name for name in figures["stages"] if name not in figures["stages_begun"]]
+        trained = format_count(figures["num_trained_parameters"])
+        begun = f"{len(figures['stages_begun'])} of {len(figures['stages'])} begun"
+        begun += f" (not {', '.join(missing)})" if missing else ""
+        rows.append(("stages", f"{begun}; {trained} parameters at the end"))
     if "live_ranks" in figures:
         alive = f"{figures['live_ranks']} after {figures['allocations']} allocations"
         if figures["live_ranks"] > figures["target_ranks"]:

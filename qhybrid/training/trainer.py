@@ -19,11 +19,14 @@ from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_optimizer import is_optimizer_factory
 
+from qhybrid.adapters.access import DIRECT, Access
 from qhybrid.adapters.adalora import add_regularizer
 from qhybrid.adapters.allocator import RankAllocator, Triplets
 from qhybrid.adapters.attach import ADAPTER, adapted_modules, keep_adapter_values
 from qhybrid.adapters.dora import hold_norms
+from qhybrid.adapters.folder import trained_tensors
 from qhybrid.adapters.parameter_groups import parameter_groups
+from qhybrid.adapters.preconditioner import clip_gradients, precondition
 from qhybrid.adapters.schedule import plan_schedules
 from qhybrid.architecture.layout import Layout
 from qhybrid.base.tensor_files import read_tensors
@@ -33,13 +36,14 @@ from qhybrid.recipe.schema import Recipe
 from qhybrid.training.batches import num_rows, split_batch
 from qhybrid.training.memory import is_out_of_memory
 from qhybrid.training.processes import StoppedElsewhere, gather, is_several, place
-from qhybrid.training.trainer_checkpoints import ALLOCATORS, CheckpointingTrainer
+from qhybrid.training.trainer_checkpoints import ALLOCATORS
+from qhybrid.training.trainer_stages import StagedTrainer
 from qhybrid.training.zero import ZeroAccess, watch_step
 
 _MOST_SKIPPED_STEPS = 30  # fp16: the loss scale starts at 2^16 and is halved each time
 
 
-class BandedTrainer(CheckpointingTrainer):
+class BandedTrainer(StagedTrainer):
     """Trains a model that `adapters.attach` prepared, as its recipe and layout say."""
 
     def __init__(
@@ -60,10 +64,12 @@ class BandedTrainer(CheckpointingTrainer):
         self.recipe = recipe
         self.layout = layout
         self.allocators: list[RankAllocator] = []
+        self.gradient_watchers: list[Callable[[float, Access], None]] = []  # see `_finish_gradients`
         self.step_loss = 0.0  # cross-entropy of the optimizer step under way
         self.step_regularizer = 0.0
         self.grad_norm = 0.0
         self._num_non_finite = 0  # steps in a row
+        self._clipped_norm = 0.0  # the gradients' before a preconditioner
         self._zero: ZeroAccess | None = None
         self.micro_batch: int | None = None  # rows that go through the model at once, after running out of memory
         self._stopped = False
@@ -93,11 +99,12 @@ class BandedTrainer(CheckpointingTrainer):
             raise self._refused("optim", error) from None
         if is_optimizer_factory(optimizer_class) or {"params", "model", "optimizer_dict"} & settings.keys():
             # GaLore, LOMO, Muon and their kin make their own groups.
-            if any(row.loraplus_lr_ratio != 1 or row.kind == "adalora" for row in self.layout):
+            wants_gradients = self.recipe.training.preconditioner is not None
+            if wants_gradients or any(row.loraplus_lr_ratio != 1 or row.kind == "adalora" for row in self.layout):
                 raise RecipeError(
-                    f"training.optim {self.recipe.training.optim} makes its own parameter groups, or "
-                    "consumes gradients as they come: LoRA+ rates and AdaLoRA do not work with it",
-                    hint="choose another optimizer, or other kinds of bands",
+                    f"training.optim {self.recipe.training.optim} makes its own parameter groups, or consumes "
+                    "gradients as they come: LoRA+ rates, AdaLoRA and a preconditioner do not work with it",
+                    hint="choose another optimizer, or leave those out",
                 )
             return super().create_optimizer(model)
         if self.allocators and self.recipe.training.optim.startswith("schedule_free"):
@@ -187,6 +194,7 @@ class BandedTrainer(CheckpointingTrainer):
                 prefix = f"{allocator.band}:"
                 own = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
                 allocator.load_state_dict(own)
+        self._start_stages(max_steps, resume_from_checkpoint)
 
     def _adalora_bands(self):
         return [band for band in self.recipe.adapters if band.kind == "adalora"]
@@ -200,6 +208,11 @@ class BandedTrainer(CheckpointingTrainer):
         return sum(int(triplets.lam.count_nonzero()) for triplets in self._triplets.values())
 
     # ---- one step ----
+
+    @property
+    def access(self) -> Access:
+        """How whole values and gradients of what is trained are reached."""
+        return self._zero or DIRECT
 
     @property
     def num_train_tokens(self) -> int:
@@ -318,23 +331,40 @@ class BandedTrainer(CheckpointingTrainer):
         """
         scaler = getattr(self.accelerator, "scaler", None)
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        for band, allocator in zip(self._adalora_bands(), self.allocators, strict=True):
+        if self.stages is not None:
+            self.stages.observe(scale)
+        for watch in self.gradient_watchers:
+            watch(scale, self.access)
+        both = zip(self._adalora_bands(), self.allocators, strict=True)
+        bands = [(band, allocator) for band, allocator in both if not allocator.paused]
+        for band, allocator in bands:
+            if not band.adalora_settings.regularizer_in_scores:
+                self._observe(allocator, scale)
+        training = self.recipe.training
+        if training.preconditioner is not None:
+            trained = trained_tensors(self.model, self.layout).values()
+            self._clipped_norm = clip_gradients(trained, training.max_grad_norm, scale, self.access)
+            precondition(self.model, self.layout, training.preconditioner_delta, self.access)
+        for band, allocator in bands:
             settings = band.adalora_settings
-            still_choosing = self.state.global_step < allocator.schedule.last_allocation
-            if still_choosing and not settings.regularizer_in_scores:
-                allocator.observe(scale)
             if settings.regularizer_weight > 0:
                 triplets = [self._triplets[row.module] for row in self.layout.of_band(band.band)]
                 pairs = [(t.p, t.q) for t in triplets]
-                access = allocator.access
-                self.step_regularizer += add_regularizer(pairs, settings.regularizer_weight, scale, access).item()
-            if still_choosing and settings.regularizer_in_scores:
-                allocator.observe(scale)
+                added = add_regularizer(pairs, settings.regularizer_weight, scale, self.access)
+                self.step_regularizer += added.item()
+            if settings.regularizer_in_scores:
+                self._observe(allocator, scale)
         if self._zero is not None:
             self._zero.forget_gradients()
 
+    def _observe(self, allocator: RankAllocator, scale: float) -> None:
+        if self.state.global_step < allocator.schedule.last_allocation:
+            allocator.observe(scale)
+
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        if self.recipe.training.preconditioner is not None and math.isfinite(grad_norm):
+            grad_norm = self._clipped_norm  # not of what became of the gradients afterwards
         self.grad_norm = float(grad_norm)
         if is_several():  # each has trl's loss of its own rows, times the number of processes
             losses = gather(self.step_loss)

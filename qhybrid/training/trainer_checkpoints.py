@@ -27,6 +27,7 @@ from qhybrid.recipe.schema import Recipe
 from qhybrid.redaction import redacted_values
 from qhybrid.training.checkpoint import prune, staged
 from qhybrid.training.processes import agree, gather, is_several, place
+from qhybrid.training.stages import Stages
 from qhybrid.training.state import (
     optimizer_content,
     random_state,
@@ -51,6 +52,7 @@ class CheckpointingTrainer(RowsTrainer):
     recipe: Recipe
     layout: Layout
     allocators: list[RankAllocator]
+    stages: Stages | None
     micro_batch: int | None  # rows that go through the model at once, after running out of memory
     is_stopping: bool  # a signal came
     evaluation_pending: bool  # a signal came before the evaluation of this step was done
@@ -133,6 +135,7 @@ class CheckpointingTrainer(RowsTrainer):
                 "num_train_tokens": self._total_train_tokens,
                 "micro_batch": self.micro_batch,
                 "evaluation_pending": self.evaluation_pending or self.is_epoch_evaluation_due(),
+                "stages": self.stages.state() if self.stages else None,
             }
             rng = gather(rng[0])
         if is_several() and not place().is_main:
@@ -221,9 +224,11 @@ class CheckpointingTrainer(RowsTrainer):
 
     def _load_best_model(self) -> None:
         self._use_averaged_weights()  # or the optimizer would do it later, to the weights that are loaded here
+        load_weights(self.model, self.layout, self._best_folder(), self._zero or DIRECT)
+
+    def _best_folder(self) -> Path:
         # By name alone: a state that was tampered with must not lead elsewhere, nor one that was moved.
-        best = Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name
-        load_weights(self.model, self.layout, best, self._zero or DIRECT)
+        return Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name
 
     def create_model_card(self, *args, **kwargs) -> None:
         """No card: trl's names local paths."""

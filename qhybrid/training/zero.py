@@ -50,7 +50,7 @@ def deepspeed_config(recipe: Recipe, setup: ZeroSetup) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": batch,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": batch * accumulation * setup.processes,
-        "gradient_clipping": training.max_grad_norm,
+        "gradient_clipping": 0.0 if training.preconditioner is not None else training.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # Offloaded states are stepped on by torch's own optimizer: DeepSpeed's CPU Adam would be put in the place
@@ -103,12 +103,16 @@ class ZeroAccess:
 
     def add_to_gradient(self, parameter: nn.Parameter, addition: Tensor) -> None:
         """As `Access`."""
-        from deepspeed.utils import safe_set_full_grad
-
         gradient = self.gradient(parameter)
         assert gradient is not None
-        gradient += addition
-        safe_set_full_grad(parameter, gradient)
+        self.set_gradient(parameter, gradient + addition)
+
+    def set_gradient(self, parameter: nn.Parameter, values: Tensor) -> None:
+        """As `Access`."""
+        from deepspeed.utils import safe_set_full_grad
+
+        self._gradients[parameter] = values
+        safe_set_full_grad(parameter, values)
 
     def forget_gradients(self) -> None:
         """They were gathered for one step."""

@@ -144,6 +144,27 @@ def test_every_combination_trains_as_one_process_does(outcomes):
     assert not far
 
 
+def test_pissa_is_decomposed_once_for_all_processes(folder, tiny_model_folder):
+    """Kinds with another beginning, in DDP and sharded in full: equal bases, and the steps of one process."""
+    root, bands = folder / "pissa", [
+        {"band": "low", "layers": "0-2", "rank": 4, "init": "pissa"},
+        {"band": "high", "layers": "3-5", "kind": "dora", "rank": 4, "init": "pissa"},
+    ]  # fmt: skip
+    stages = (0, 3)
+
+    def case_of(name: str, **more):
+        one = matrix_case(root, tiny_model_folder, "lora", 0, "none", 1, name=name, **more)
+        return {**one, "recipe": {**one["recipe"], "adapters": bands}}
+
+    cases = [case_of(f"stage{s}", distributed={"processes": 2, "zero_stage": s}) for s in stages]
+    assert launch_cases(root, cases, 2) == dict.fromkeys(("stage0", "stage3"), "works")
+    alone = case_of("alone", training={"per_device_train_batch_size": 4})
+    recipe, _ = parse_recipe(json.dumps(alone["recipe"]), "alone")
+    run_sft(LoadedRecipe(recipe, root / "r.yaml"), console=Console(quiet=True))
+    for stage in stages:
+        assert largest_difference(root / "alone", root / f"stage{stage}")["loss"] < LOSS
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_does_not_work_is_refused_when_it_is_planned(what, tmp_path, tiny_model_folder):
     sections, words = REFUSED[what]

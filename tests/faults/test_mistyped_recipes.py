@@ -18,6 +18,7 @@ from qhybrid.errors import QhybridError, RecipeError
 from qhybrid.recipe.aliases import CONVERTED, MEANT, TOP_LEVEL, WITHOUT_COUNTERPART, own_name
 from qhybrid.recipe.band import AdaLoraSection, BandSection
 from qhybrid.recipe.load import dump_recipe, parse_recipe, resolve
+from qhybrid.recipe.monitoring import MonitoringSection
 from qhybrid.recipe.schema import (
     DataSection,
     DistributedSection,
@@ -41,6 +42,7 @@ SECTIONS: dict[tuple[str | int, ...], Any] = {
     ("training",): TrainingSection,
     ("memory",): MemorySection,
     ("distributed",): DistributedSection,
+    ("monitoring",): MonitoringSection,
 }
 
 

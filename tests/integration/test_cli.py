@@ -144,8 +144,8 @@ def test_recipes_commands(project, tiny_model_folder):
     assert qhybrid("recipes", "check", "demo.yaml", "recipe.yaml", cwd=project).returncode == 0
     schema = json.loads(qhybrid("recipes", "schema").stdout)
     assert set(schema["properties"]) == {
-        "model", "quantization", "adapters", "schedule", "ranks", "data", "training", "memory", "distributed",
-        "sweep", "output_dir",
+        "model", "quantization", "adapters", "schedule", "ranks", "stages", "data", "training", "memory",
+        "monitoring", "distributed", "sweep", "output_dir",
     }  # fmt: skip
 
 

@@ -82,9 +82,9 @@ def test_trainer_hooks_come_in_the_order_that_the_allocator_needs():
     """Gradients complete → clip → grad norm → optimizer → on_optimizer_step → zero_grad → step count."""
     source = inspect.getsource(transformers.Trainer._run_epoch)
     order = [
-        "self.training_step(", "self._clip_grad_norm(", "self._get_grad_norm(", "self.optimizer.step()",
-        "on_optimizer_step(", "self.lr_scheduler.step()", "model.zero_grad()", "self.state.global_step += 1",
-        "on_step_end(", "self._maybe_log_save_evaluate(",
+        "on_step_begin(", "self.training_step(", "self._clip_grad_norm(", "self._get_grad_norm(",
+        "self.optimizer.step()", "on_optimizer_step(", "self.lr_scheduler.step()", "model.zero_grad()",
+        "self.state.global_step += 1", "on_step_end(", "self._maybe_log_save_evaluate(",
     ]  # fmt: skip
     places = [source.index(call) for call in order]
     assert places == sorted(places)

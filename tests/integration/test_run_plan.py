@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from qhybrid.errors import MemoryPlanError
 from qhybrid.planner.plan import Budget
+from qhybrid.recipe.load import parse_recipe
 from qhybrid.training import sft
 from qhybrid.training.events import read_events
 from qhybrid.training.planning import Hardware
@@ -107,6 +109,45 @@ def test_ranks_alone_do_not_always_suffice(tmp_path: Path, tiny_model_folder: Pa
     small_gpu(needed_at(loaded, {"low": 4, "mid": 4, "high": 4}) - 1)
     with pytest.raises(MemoryPlanError, match="even at the smallest ranks"):
         run_sft(loaded, console=Console(quiet=True))
+
+
+GROWING = [{"name": "grow", "at": 2, "expand": {"times": 4}}]
+
+
+def test_stages_that_would_outgrow_the_memory_are_refused(tmp_path: Path, tiny_model_folder: Path, small_gpu):
+    """The beginning of the run fits, its end would not; the hint names a budget with which it does."""
+    bands = [{"band": "all", "rank": 8}]
+    loaded = run_recipe(
+        tmp_path, tiny_model_folder, adapters=bands, memory={"on_exceed": "error"}, stages=GROWING,
+        model={"path": str(tiny_model_folder), "dtype": "bfloat16"},  # so that nothing cheaper is left to change
+        training={"max_steps": 3, "per_device_train_batch_size": 1, "gradient_checkpointing": True},
+    )  # fmt: skip
+    small_gpu(needed_at(loaded, {"all": 4}) - 1)  # with rank 16 at the end
+    with pytest.raises(MemoryPlanError, match="does not fit") as caught:
+        run_sft(loaded, console=Console(quiet=True))
+    assert caught.value.exit_code == 2 and not (tmp_path / "run").exists()
+    budget = re.search(r"this fits: .*stages\.0\.expand\.budget=(\d+)", str(caught.value))
+    assert budget, str(caught.value)
+    stages = [{**GROWING[0], "expand": {"times": 4, "budget": int(budget[1])}}]
+    recipe = parse_recipe(json.dumps({**loaded.recipe.model_dump(mode="json"), "stages": stages}), "again")[0]
+    result = run_sft(type(loaded)(recipe, loaded.path), console=Console(quiet=True))
+    plan = json.loads(result.run.plan_file.read_text())
+    before, after = plan["num_trained_parameters"], result.figures["num_trained_parameters"]
+    assert plan["fits"] and before < after <= plan["num_trained_parameters_at_most"]
+    assert after - before <= int(budget[1])
+
+
+def test_ranks_are_capped_so_that_the_stages_fit_too(tmp_path: Path, tiny_model_folder: Path, small_gpu):
+    bands = [{"band": "all", "rank": 16}]
+    training = {"max_steps": 3}
+    loaded = run_recipe(tmp_path, tiny_model_folder, adapters=bands, stages=[{"at": 2, "expand": {"times": 2}}],
+                        training=training)  # fmt: skip
+    small_gpu(needed_at(loaded, {"all": 8}))
+    result = run_sft(loaded, console=Console(quiet=True))
+    rows = json.loads(result.run.layout_file.read_text())["rows"]
+    assert {(row["rank"], row["alpha"], row["scaling"]) for row in rows} == {(16, 32.0, 2.0)}  # 8 at first
+    (change,) = read_events(result.run.events_file, "stage")
+    assert {growth["before"] for growth in change["expanded"].values()} == {8}
 
 
 def test_ignored_plans_are_written_down(tmp_path: Path, tiny_model_folder: Path, small_gpu):

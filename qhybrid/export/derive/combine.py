@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from qhybrid.adapters.folder import layer_and_target
+from qhybrid.adapters.low_rank import approximate, frobenius
 from qhybrid.adapters.plain import PlainAdapter, PlainModule, require_untouched_base
 from qhybrid.adapters.spectrum import Factored, factor
 from qhybrid.errors import AdapterError, ExportError
-from qhybrid.export.low_rank import approximate, frobenius
 
 CombineMethod = Literal["cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 METHODS: tuple[str, ...] = get_args(CombineMethod)
@@ -98,8 +98,8 @@ def combine(
     values hold (2 + number of sources) matrices in fp32 of the largest module.
 
     Raises:
-        AdapterError: a DoRA or a PiSSA adapter, modules of other shapes, a module outside the layers, values
-            beyond fp32, or nothing is left at all.
+        AdapterError: DoRA, or PiSSA of peft; modules of other shapes, a module outside the layers, values beyond
+            fp32, or nothing is left at all.
         ExportError: a weight that is 0 or not finite.
     """
     assert sources

@@ -24,7 +24,7 @@ _DIGITS = 6  # of the singular values in JSON
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One module. Of DoRA the figures are those of s·B·A, which is inside the norm.
+    """One module. Of DoRA the figures are those of s·B·A, which is inside the norm; of PiSSA of s·B·A − s·B0·A0.
 
     Attributes:
         rank: of the matrices as stored; for AdaLoRA the initial one.
@@ -74,7 +74,8 @@ class Report:
     folder: Path
     info: AdapterInfo
     is_own: bool  # qhybrid's folder, which knows how its base was loaded
-    base_minus: str | None  # PiSSA's settings, see PlainAdapter
+    base_minus: str | None  # settings of peft's PiSSA, see PlainAdapter
+    num_pissa: int  # modules that training began with a part of the weight
     num_bytes: int
     bands: tuple[BandReport, ...]
     modules: tuple[ModuleReport, ...]
@@ -87,7 +88,7 @@ class Report:
         return {
             "folder": str(self.folder),
             "bytes": self.num_bytes,
-            "pissa": self.base_minus,
+            "pissa": self.base_minus or self.num_pissa or None,
             "adapter": info,
             "bands": [dataclasses.asdict(band) for band in self.bands],
             "modules": [dataclasses.asdict(module) for module in self.modules],
@@ -114,9 +115,15 @@ def inspect_adapter(
     for done, (name, plain) in enumerate(wanted.items()):
         modules.append(_measured(name, plain, layout))
         progress(done + 1, len(wanted))
-    num_bytes = stored_size(adapter.source).file
     return Report(
-        adapter.source, adapter.info, is_own, adapter.base_minus, num_bytes, _bands(modules), tuple(modules)
+        folder=adapter.source,
+        info=adapter.info,
+        is_own=is_own,
+        base_minus=adapter.base_minus,
+        num_pissa=len(adapter.principal_parts),
+        num_bytes=stored_size(adapter.source).file,
+        bands=_bands(modules),
+        modules=tuple(modules),
     )
 
 
@@ -147,17 +154,11 @@ def _measured(name: str, plain: PlainModule | None, layout: Layout | None) -> Mo
     live = parameters = 0
     if plain is not None:
         spectrum = factor_module(plain)
-        live = int(((plain.b.float().norm(dim=0) > 0) & (plain.a.float().norm(dim=1) > 0)).sum())
+        terms = (plain.b.float().norm(dim=0) > 0) & (plain.a.float().norm(dim=1) > 0)
+        live = int(terms[: plain.native.rank].sum())
         parameters = sum(part.numel() for part in (plain.a, plain.b, plain.magnitude) if part is not None)
-        sigma = tuple(float(f"{value:.{_DIGITS}g}") for value in spectrum.sigma[:live].tolist())
-        figures = {
-            "norm": spectrum.norm,
-            "largest": float(spectrum.sigma[0]),
-            "energy_rank_90": spectrum.energy_rank(0.9),
-            "energy_rank_99": spectrum.energy_rank(0.99),
-            "stable_rank": spectrum.stable_rank,
-            "effective_rank": spectrum.effective_rank,
-        }
+        sigma = tuple(float(f"{value:.{_DIGITS}g}") for value in spectrum.sigma[: int(terms.sum())].tolist())
+        figures = spectrum.figures()
     kind = "lora" if plain is None or plain.magnitude is None else "dora"
     return ModuleReport(
         module=name,

@@ -52,6 +52,11 @@ def merge(
     require_free(out)
     adapters = [read_plain(folder) for folder, _ in sources]
     notes = require_one_base(adapters, same_base=same_base)
+    notes += [
+        f"{adapter.source} is PiSSA; what is merged is its change of the whole base, of twice the rank"
+        for adapter in adapters
+        if adapter.principal_parts
+    ]
     info, differences = common_info(adapters)
     weights = [weight for _, weight in sources]
     found = combine(list(zip(adapters, weights, strict=True)), settings, progress)

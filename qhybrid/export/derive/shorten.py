@@ -3,6 +3,7 @@
 By energy or rank, each module becomes its best approximation; a rank never grows. By terms, the rank-1 terms
 s·b_i·a_i of all modules are put in one order by their norm, and the smallest are dropped, each as a whole.
 Unlike the size of single values, that does not depend on how A and B share a factor. DoRA's magnitudes stay.
+PiSSA's terms nearly cancel each other, so its change of the whole base is put in singular vectors first.
 """
 
 from __future__ import annotations
@@ -98,13 +99,14 @@ def shorten(
     A LoRA module with s·B·A = 0 is left out. A DoRA module keeps a term of zeros beside its magnitudes.
 
     Raises:
-        AdapterError: PiSSA, nothing would be left, or values beyond what the dtype holds.
+        AdapterError: PiSSA of peft, nothing would be left, or values beyond what the dtype holds.
     """
     require_untouched_base(adapter)
+    modules = [_in_own_terms(module) for module in adapter]
     shorter = (
-        _pruned(adapter.modules, settings.prune_terms)
+        _pruned(modules, settings.prune_terms)
         if settings.prune_terms is not None
-        else [_truncated(module, settings) for module in adapter]
+        else [_truncated(module, settings) for module in modules]
     )
     if not any(after is not None for after in shorter):
         raise AdapterError("nothing would be left of it: it changes the model nowhere")
@@ -114,6 +116,15 @@ def shorten(
         found.append(_measured(before, after and _as_stored(after, before, trained)))
         progress(done + 1, len(shorter))
     return Shortened(tuple(found))
+
+
+def _in_own_terms(module: PlainModule) -> PlainModule:
+    if not module.num_principal:
+        return module
+    spectrum = factor_module(module)
+    return dataclasses.replace(
+        spectrum.truncated(max(1, spectrum.energy_rank(1.0)), module.module), magnitude=module.magnitude
+    )
 
 
 def _truncated(module: PlainModule, settings: ShortenSettings) -> PlainModule | None:

@@ -35,7 +35,7 @@ def write_gguf_adapter(
         name: of the adapter, for people; the file's without its ending when left out.
 
     Raises:
-        AdapterError: DoRA or PiSSA, no module at all, or a module that the model or llama.cpp does not have.
+        AdapterError: DoRA, or PiSSA of peft; no module at all, or one that the model or llama.cpp does not have.
         ExportError: a family that is not proven in llama.cpp, or values that the dtype does not hold.
         OSError: the disk is full or fails.
     """

@@ -91,7 +91,7 @@ def bake(
     its finished shards beside `out`, and the same call goes on from there.
 
     Args:
-        adapter: on the untouched base.
+        adapter: not PiSSA of peft, whose principal part is not known.
         section, quantization: the base, as it was in training.
         out: where nothing is.
         onto: "16bit" for the weights of the base, "nf4" for what they are after NF4.
@@ -103,7 +103,7 @@ def bake(
     Raises:
         ExportError: `out` is not free, the disk is too small or fails, or values overflow.
         ModelError: the base cannot be read, does not fit its config.json, is stored quantised, or is not finite.
-        AdapterError: the adapter is PiSSA, or does not fit the base.
+        AdapterError: the adapter is PiSSA of peft, or does not fit the base.
     """
     began = time.perf_counter()
     require_free(out)
@@ -161,15 +161,16 @@ def merge_in_place(
     modules, quantized = modules_by_weight(shell, adapter), quantized_weights(shell)
     with torch.no_grad():
         for name in sorted(modules.keys() | quantized):
-            weight = model.get_parameter(name)
+            weight, module = model.get_parameter(name), modules.get(name)
             rows = rows_of(
                 weight.detach(),
                 quantized=name in quantized,
                 double_quant=quantization.double_quant,
                 dtype=getattr(torch, section.dtype),
                 device=weight.device,
+                without=None if module is None else module.principal,
             )
-            merge_into(weight.detach(), rows, modules.get(name), name)
+            merge_into(weight.detach(), rows, module, name)
 
 
 def _key(adapter: PlainAdapter, base: BaseFiles, job: MergeJob) -> str:
@@ -187,7 +188,7 @@ def _adapter_hash(adapter: PlainAdapter) -> str:
     """SHA-256, in hex, of what an adapter does to its base."""
     digest = hashlib.sha256()
     for module in sorted(adapter, key=lambda module: module.module):
-        digest.update(f"{module.module} {module.scaling!r}".encode())
+        digest.update(f"{module.module} {module.scaling!r} {module.num_principal}".encode())
         for values in (module.a, module.b, module.magnitude):
             if values is not None:
                 digest.update(f" {values.dtype} {tuple(values.shape)} ".encode())

@@ -1,7 +1,8 @@
 """A weight and its adapter made one, some rows at a time: W + s·B·A, of DoRA m ⊙ (W + s·B·A) / ||W + s·B·A||.
 
 W is the weight in the dtype of the training, and onto "nf4" the dequantised form of its NF4, which is what the
-4-bit layer multiplies with. All that follows is fp32, and is rounded once, to the dtype of the result.
+4-bit layer multiplies with. PiSSA's W, onto both, is what is left without the principal part, as in training. All
+that follows is fp32, and is rounded once, to the dtype of the result.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from qhybrid.adapters.plain import PlainModule
 from qhybrid.base.nf4 import BLOCK_SIZE, quantize_nf4
+from qhybrid.base.principal import PrincipalPart
 from qhybrid.errors import ExportError, ModelError
 
 Onto = Literal["16bit", "nf4"]
@@ -81,21 +83,36 @@ class Nf4Rows:
 
 
 def rows_of(
-    weight: Tensor, *, quantized: bool, double_quant: bool, dtype: torch.dtype, device: torch.device | str = "cpu"
+    weight: Tensor,
+    *,
+    quantized: bool,
+    double_quant: bool,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    without: PrincipalPart | None = None,
 ) -> Rows:
-    """The rows of a weight as training saw it: cast to `dtype` first, then through NF4, load_base's order.
+    """The rows of a weight as training saw it: cast to `dtype`, without `without`, through NF4; load_base's order.
 
     Args:
-        weight: of any shape; (out, in) if `quantized`.
+        weight: of any shape; (out, in) if `quantized` or `without`, and with both it is used up.
         device: where training quantised it. bitsandbytes' kernels may differ in a last bit.
     """
     if quantized:
-        return Nf4Rows(weight.to(device=device, dtype=dtype), double_quant=double_quant)
-    return lambda start, stop: weight[start:stop].to(device="cpu", dtype=dtype)
+        seen = weight.to(device=device, dtype=dtype)
+        if without is not None:
+            without.take_out_of(seen)
+        return Nf4Rows(seen, double_quant=double_quant)
+
+    def rows(start: int, stop: int) -> Tensor:
+        seen = weight[start:stop].to(device="cpu", dtype=dtype)
+        return seen if without is None else without.residual(seen, start)
+
+    return rows
 
 
 def widened(module: PlainModule) -> PlainModule:
-    """The same module in fp32 on the CPU, for `merged_rows`."""
+    """The same module as it was trained, in fp32 on the CPU, for `merged_rows`."""
+    module = module.native
     magnitude = None if module.magnitude is None else module.magnitude.float().cpu()
     return dataclasses.replace(module, a=module.a.float().cpu(), b=module.b.float().cpu(), magnitude=magnitude)
 
@@ -185,6 +202,7 @@ def merged_weight(
         ModelError, ExportError: as `require_finite`.
     """
     merged = torch.empty(weight.shape, dtype=out_dtype)
-    rows = rows_of(weight, quantized=quantized, double_quant=double_quant, dtype=dtype)
+    without = None if module is None else module.principal
+    rows = rows_of(weight, quantized=quantized, double_quant=double_quant, dtype=dtype, without=without)
     merge_into(merged, rows, module, module.module if module else "the weight")
     return merged

@@ -101,6 +101,8 @@ def _pieces(shard: BaseShard, job: MergeJob) -> Iterator[Callable[[], _Piece]]:
             seen = rows(start, stop)
             merged = merged_rows(seen, start, module, dtype)
             require_finite(merged, seen, tensor.name)
+            if tensor.module is not None and tensor.module.num_principal:  # `seen` is not the whole weight
+                seen = shard.rows(tensor.entry, start, stop).to(getattr(torch, job.dtype))
             changed = 0 if module is None else int((merged != seen.to(dtype)).count_nonzero())
             return _Piece(tensor.name, merged, changed)
 
@@ -110,10 +112,23 @@ def _pieces(shard: BaseShard, job: MergeJob) -> Iterator[Callable[[], _Piece]]:
 
 def _rows(tensor: BaseTensor, shard: BaseShard, job: MergeJob) -> Rows:
     dtype = getattr(torch, job.dtype)
+    without = None if tensor.module is None else tensor.module.principal
     if tensor.quantized:
         whole = shard.rows(tensor.entry, 0, tensor.entry.shape[0])
-        return rows_of(whole, quantized=True, double_quant=job.double_quant, dtype=dtype, device=job.device)
-    return lambda start, stop: shard.rows(tensor.entry, start, stop).to(dtype)
+        return rows_of(
+            whole,
+            quantized=True,
+            double_quant=job.double_quant,
+            dtype=dtype,
+            device=job.device,
+            without=without,
+        )
+
+    def rows(start: int, stop: int) -> Tensor:
+        seen = shard.rows(tensor.entry, start, stop).to(dtype)
+        return seen if without is None else without.residual(seen, start)
+
+    return rows
 
 
 @contextlib.contextmanager

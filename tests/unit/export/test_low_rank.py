@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_combine import relative
 
+from qhybrid.adapters.low_rank import approximate
 from qhybrid.export.derive.combine import (
     disjoint_mean,
     trim_values,
 )
-from qhybrid.export.low_rank import approximate
 
 
 @pytest.mark.parametrize("shape", [(300, 500), (500, 300)])

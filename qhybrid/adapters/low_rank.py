@@ -44,7 +44,7 @@ def approximate(matrix: Tensor, *, rank: int | None = None, energy: float | None
     norm = frobenius(matrix)
     if norm == 0:
         return Approximation(matrix[:, :1].clone(), torch.zeros_like(matrix[:1]), 0.0, 0.0)
-    u, sigma, v = _of_rank(matrix, rank) if rank is not None else _of_energy(matrix, energy, norm)
+    u, sigma, v = leading_triple(matrix, rank) if rank is not None else _of_energy(matrix, energy, norm)
     share = sigma.sqrt()
     b, a = (u * share).float(), (share[:, None] * v).float()
     matrix.addmm_(b, a, alpha=-1)
@@ -56,7 +56,12 @@ def frobenius(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix, dim=1).double().norm())
 
 
-def _of_rank(matrix: Tensor, rank: int) -> Triple:
+def leading_triple(matrix: Tensor, rank: int) -> Triple:
+    """The `rank` largest singular values of `matrix` (out, in), fp32, with their vectors; fewer if others are 0.
+
+    Equal matrices give equal triples on one machine, whatever ran before. Scratch memory is that of the basis
+    (out, 2·rank); of a small matrix the eigenvectors' in fp64.
+    """
     size = rank + max(rank, _LEAST_OVERSAMPLING)
     if size * _WORTH_IT > min(matrix.shape):
         return _eigen(matrix, rank=rank)
@@ -81,7 +86,7 @@ def _leading(found: Triple, rank: int) -> Triple:
 
 def _subspace(matrix: Tensor, size: int) -> Triple:
     generator = torch.Generator().manual_seed(0)  # of its own: equal input gives equal output, whatever ran before
-    start = torch.randn(matrix.shape[1], size, generator=generator)
+    start = torch.randn(matrix.shape[1], size, generator=generator).to(matrix.device)
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(_POWER_ITERATIONS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q

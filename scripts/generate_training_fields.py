@@ -68,7 +68,7 @@ EXTRA = """
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
     # Not in SFTConfig: multiplies the adapters' gradients by the inverse of (metric + delta·I), arXiv 2402.02347.
     preconditioner: Literal["riemannian"] | None = None
-    preconditioner_delta: Annotated[float, Field(gt=0)] = 0.01
+    preconditioner_delta: Annotated[float, Field(ge=1e-8)] = 0.01
 """
 POSITIVE = {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
 NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"}

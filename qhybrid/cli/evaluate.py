@@ -103,6 +103,7 @@ def command(
 
     from qhybrid.adapters.info import adapter_of_run
     from qhybrid.data.prepare import prepare_file
+    from qhybrid.evaluation.answers import require_answers
     from qhybrid.evaluation.evaluate import evaluate
     from qhybrid.evaluation.labels import label_rows
     from qhybrid.evaluation.models import load_adapter_for_inference, load_base_for_inference
@@ -137,6 +138,8 @@ def command(
         reasons = "\n".join(audit.reason_lines())
         console.print(f"note: {audit.dropped} of {audit.rows_in} rows cannot be used\n{reasons}", highlight=False)
 
+    if answer_after is not None:
+        require_answers(tokenizer, rows, answer_after)
     labelled = label_rows(tokenizer, rows, words) if words else None
     with console.status("scoring") as status:
         scores = evaluate(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qhybrid.data.tokenize import IGNORED_LABEL, EncodedRow
+from qhybrid.errors import DataError
 
 _NUMBER = re.compile(r"[$€£]?\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*[.%]?")
 
@@ -43,6 +45,26 @@ def result_after(text: str, marker: str) -> str | None:
         return found
     digits = number[1].replace(",", "")
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
+def require_answers(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedRow], marker: str | None = None
+) -> None:
+    """Refuse rows whose answers cannot be compared.
+
+    Raises:
+        DataError: no row has a prompt; or an expected answer lacks the marker.
+    """
+    asked = [row for row in rows if answer_start(row) > 1]
+    if not asked:
+        raise DataError("exact match cannot be measured: no row has a prompt")
+    for row in asked if marker is not None else ():
+        if marker not in answer_text(tokenizer, row):
+            raise DataError(
+                f"the answer has no {marker!r}, after which its result should stand",
+                where=f"{row.source}:{row.number}" if row.source else None,
+                hint="leave answer_after out, or name what all answers have",
+            )
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,9 @@ class ArmSection(Section):
         return (self if self.name else self.model_copy(update={"name": self.arm}),)
 
 
+_Arm = Annotated[ArmSection, or_also({"type": "string"})]
+
+
 class MeasuresSection(Section):
     """What is measured on the held-out rows, and how many of them."""
 
@@ -155,7 +158,7 @@ class SweepSection(Section):
     rank: Annotated[int, Field(ge=1)] | None = None  # the budget: parameters of uniform LoRA of this rank
     parameters: Annotated[int, Field(ge=1)] | None = None  # or in numbers: "1.2M"
     target_modules: Annotated[tuple[str, ...], Field(strict=False), or_also({"type": "string"})] = ("all-linear",)
-    arms: Annotated[tuple[ArmSection, ...], Field(min_length=1, strict=False)]
+    arms: Annotated[tuple[_Arm, ...], Field(min_length=1, strict=False)]
     control: str = "uniform"  # the arm that all others are compared to
     # A list, or {low, high, trials} for rates at equal ratios.
     learning_rates: Annotated[

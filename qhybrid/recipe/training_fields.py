@@ -291,7 +291,7 @@ class TrainingSection(BaseModel):
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
     # Not in SFTConfig: multiplies the adapters' gradients by the inverse of (metric + delta·I), arXiv 2402.02347.
     preconditioner: Literal["riemannian"] | None = None
-    preconditioner_delta: Annotated[float, Field(gt=0)] = 0.01
+    preconditioner_delta: Annotated[float, Field(ge=1e-8)] = 0.01
 
     @field_validator(*OWNED_ELSEWHERE, mode="before")
     @classmethod

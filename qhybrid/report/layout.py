@@ -65,7 +65,7 @@ def _band_table(layout: Layout) -> Table:
                 band,
                 _kinds(layout, band)
                 + (f", LoRA+ ×{own[0].loraplus_lr_ratio:g}" if own[0].loraplus_lr_ratio != 1 else ""),
-                ", ".join(dict.fromkeys(row.target for row in own)),
+                _targets(own, layout),
                 ", ".join(dict.fromkeys(row.init for row in own)),
                 f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else str(layers[0]),
                 format_count(len(own)),
@@ -78,6 +78,12 @@ def _band_table(layout: Layout) -> Table:
     caption = "12→8 is AdaLoRA: every module begins with rank 12, and the band ends with 8 on average."
     shown = any(row.rank != row.target_rank for row in layout)
     return Table("Bands", header, rows, left=4, caption=caption if shown else "")
+
+
+def _targets(rows: Sequence[LayoutRow], layout: Layout) -> str:
+    """The module types of a band."""
+    own, every = (dict.fromkeys(row.target for row in some) for some in (rows, layout))
+    return f"all {len(every)}" if len(own) == len(every) > 3 else ", ".join(own)
 
 
 def _rank(rows: Sequence[LayoutRow]) -> str:

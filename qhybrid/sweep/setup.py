@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any
 
 from qhybrid.errors import QhybridError, SweepError
@@ -197,14 +198,20 @@ def _probed(how: BaseContext, loaded: LoadedRecipe, date: str, prepare: Callable
 
 
 def _probe(*arguments: Any) -> None:
+    _write_output_to(Path(os.devnull))  # what goes wrong is sent back
     importlib.import_module(_WORKER).probe(*arguments)
 
 
 def work(order: Order, prepare: Callable[[], None]) -> None:
     """What the process of a run does; all that it and its libraries print goes to the run's log."""
     order.folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(order.folder / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
+    _write_output_to(order.folder / LOG)
     importlib.import_module(_WORKER).work(order, prepare)
+
+
+def _write_output_to(file: Path) -> None:
+    """What this process and its libraries print goes to the end of the file."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)

@@ -30,6 +30,7 @@ from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import prepare_data, prepare_held_out
 from qhybrid.data.tokenize import EncodedRow
 from qhybrid.errors import NonFiniteError, QhybridError
+from qhybrid.evaluation.answers import require_answers
 from qhybrid.evaluation.evaluate import Scores, evaluate
 from qhybrid.evaluation.labels import label_rows
 from qhybrid.evaluation.models import load_adapter_for_inference
@@ -62,6 +63,8 @@ def probe(
         rows = _held_out(recipe, tokenizer, loaded, measure, date)
         if measure.labels is not None:
             label_rows(tokenizer, rows, measure.labels)
+        if "exact_match" in measure.metrics:
+            require_answers(tokenizer, rows, measure.answer_after)
         if hardware.device == "cuda":
             free = (hardware.budget.vram or 0) - hardware.budget.context
         else:

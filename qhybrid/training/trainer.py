@@ -46,6 +46,8 @@ _MOST_SKIPPED_STEPS = 30  # fp16: the loss scale starts at 2^16 and is halved ea
 class BandedTrainer(StagedTrainer):
     """Trains a model that `adapters.attach` prepared, as its recipe and layout say."""
 
+    _norm_before: float | None = None  # the gradients' of the step, before a preconditioner changed them
+
     def __init__(
         self,
         *,
@@ -69,7 +71,6 @@ class BandedTrainer(StagedTrainer):
         self.step_regularizer = 0.0
         self.grad_norm = 0.0
         self._num_non_finite = 0  # steps in a row
-        self._clipped_norm = 0.0  # the gradients' before a preconditioner
         self._zero: ZeroAccess | None = None
         self.micro_batch: int | None = None  # rows that go through the model at once, after running out of memory
         self._stopped = False
@@ -346,7 +347,7 @@ class BandedTrainer(StagedTrainer):
         training = self.recipe.training
         if training.preconditioner is not None:
             trained = trained_tensors(self.model, self.layout).values()
-            self._clipped_norm = clip_gradients(trained, training.max_grad_norm, scale, self.access)
+            self._norm_before = clip_gradients(trained, training.max_grad_norm, scale, self.access)
             precondition(self.model, self.layout, training.preconditioner_delta, self.access)
         for band, allocator in bands:
             settings = band.adalora_settings
@@ -366,8 +367,8 @@ class BandedTrainer(StagedTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        if self.recipe.training.preconditioner is not None and math.isfinite(grad_norm):
-            grad_norm = self._clipped_norm  # not of what became of the gradients afterwards
+        if self._norm_before is not None and math.isfinite(grad_norm):
+            grad_norm = self._norm_before
         self.grad_norm = float(grad_norm)
         if is_several():  # each has trl's loss of its own rows, times the number of processes
             losses = gather(self.step_loss)

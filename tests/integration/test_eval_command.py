@@ -55,6 +55,7 @@ def test_labels_are_compared_at_the_first_token_of_the_answer(rows, tiny_model_f
         (["--labels", "yes,no", "--answer-after", "#"], "--answer-after has no effect"),
         (["--labels", "yes,maybe"], "the answer 'no' is not one of the labels yes, maybe"),
         (["--no-generation", "--answer-after", "#"], "--answer-after has no effect"),
+        (["--answer-after", "####"], "questions.jsonl:1: the answer has no '####'"),
     ],
 )
 def test_refusals(rows, tiny_model_folder, options, words):

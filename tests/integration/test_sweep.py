@@ -142,6 +142,10 @@ def test_other_data_is_refused(finished):
         (["sweep.arms=[random,increasing]"], "no uniform control"),
         (["sweep.measure.metrics=[bleu]"], "'bleu' is not one of"),
         (['sweep.measure={metrics: [accuracy], labels: ["1", "2"]}'], "is not one of the labels 1, 2"),
+        (
+            ["sweep.measure={metrics: [exact_match], answer_after: '####'}"],
+            "eval.jsonl:1: the answer has no '####'",
+        ),
         (["sweep.rank=500"], "rank 500 is above"),
         (["sweep.rank=1", "sweep.arms=[uniform,dora-uniform]"], "the arm dora-uniform: a budget of"),
         (

@@ -119,14 +119,16 @@ def _describe(problem: dict[str, Any], path: KeyPath) -> tuple[str, str | None]:
     if kind == "missing":
         return "is missing", f"add {path[-1]}"
     if kind == "literal_error":
-        model = _model_at(path[:-1])
-        field = model.model_fields.get(str(path[-1])) if model else None
+        named = path[:-1] if isinstance(path[-1], int) else path  # of a list's item the list is the field
+        model = _model_at(named[:-1])
+        field = model.model_fields.get(str(named[-1])) if model else None
         choices = list(dict.fromkeys(str(choice) for choice in _choices(field.annotation))) if field else []
         nearest = _nearest(given, choices, cutoff=0.6) if isinstance(given, str) else None
         shown = ", ".join(choices) if len(choices) <= 16 else ", ".join(choices[:16]) + ", …"
         return f"{excerpt(given)} is not one of: {shown}", f"did you mean {nearest!r}?" if nearest else None
     if kind == "value_error":
-        return str(context.get("error", problem["msg"])), None
+        error = context.get("error", problem["msg"])
+        return str(error), getattr(error, "hint", None)
     if kind == "model_type":
         return (
             f"must be a mapping of keys, not {excerpt(given)}",

@@ -98,6 +98,35 @@ def test_overrides_for_all_and_for_one():
     assert [task.training.max_steps for task in both.tasks] == [3, 4]
 
 
+def test_ranks_and_stages_of_tasks():
+    ranked = TWO.replace("output_dir", "schedule: increasing\nstages: [{at: 5, freeze: bottom}]\noutput_dir")
+    ranked = ranked.replace(
+        "{name: all, rank: 4}", "{ranks: {method: eva, budget: 2M}, bands: [{name: all}]}\n    stages: []"
+    )
+    recipe = resolve(parse_recipe(ranked, "r.yaml")[0])
+    math, para = task_recipes(recipe).values()
+    assert math.schedule.name == "increasing" and math.stages[0].name == "stage0"
+    # Adapters of its own come with ranks of their own.
+    assert (
+        para.schedule is None and (para.ranks.method, para.rank_budget) == ("eva", 2_000_000) and not para.stages
+    )
+    text = dump_recipe(recipe)
+    assert parse_recipe(text, "resolved.yaml")[0] == recipe and "schedule" not in text.split("tasks:")[0]
+    assert with_adapter_recipes(recipe, adapter_recipes(recipe)) == recipe
+    words = [
+        "tasks.para.adapters.ranks.budget=3M",
+        "tasks.para.adapters.bands.all.kind=rslora",
+        "tasks.math.adapters.top.rank=16",  # its own adapters now, which keep the schedule
+        "tasks.math.stages.0.at=6",
+    ]
+    changed, _ = parse_recipe(ranked, "r.yaml", words)
+    math, para = task_recipes(changed).values()
+    assert para.rank_budget == 3_000_000 and para.adapters[0].kind == "rslora"
+    assert math.adapters[1].rank == 16 and math.schedule.name == "increasing" and math.stages[0].at == 6
+    whole, _ = parse_recipe(ranked, "r.yaml", ["tasks.math.adapters=[{rank: 2}]", "tasks.math.stages=[]"])
+    assert whole.tasks[0].schedule is None and whole.schedule is None and whole.adapters[0].rank == 2
+
+
 @pytest.mark.parametrize(
     ("change", "place", "words"),
     [
@@ -121,6 +150,15 @@ def test_overrides_for_all_and_for_one():
         (("output_dir", "data: {sources: x.jsonl}\noutput_dir"), "r.yaml:8: data.sources", "has no effect"),
         (("    adapters: {", "    training: {learning_rate: 1}\n    adapters: {"), "r.yaml:6: training.learning",
          "no effect"),
+        (("output_dir", "stages: [{at: 5, freeze: bottom}]\noutput_dir"), "r.yaml:8: stages.0.freeze",
+         "no band 'bottom'"),
+        (("output_dir", "stages: [{at: 50, freeze: top}]\noutput_dir"), "r.yaml:8: stages.0.at", "with step 10"),
+        (("{name: all, rank: 4}", "{rank: 4, init: pissa}"), "r.yaml:16: tasks.1.adapters.0.init", "same ones"),
+        (("rank: 8}", "rank: 8, init: pissa}"), "r.yaml:3: adapters.0.init", "pissa takes a part"),
+        (("{name: all, rank: 4}", "{schedule: {name: random, ratio: 0}}"), "tasks.1.schedule.ratio", "greater"),
+        (("{name: all, rank: 4}", "{ranks: gora, kind: adalora}"), "r.yaml:14: tasks.1", "finds its own"),
+        (("output_dir", "sweep: {arms: [uniform], rank: 4, learning_rates: [1e-4]}\noutput_dir"), "r.yaml:8: sweep",
+         "of one task"),
     ],
 )  # fmt: skip
 def test_what_is_refused_says_where(change, place, words):
@@ -140,6 +178,24 @@ def test_what_is_refused_says_where(change, place, words):
         (PLAIN.replace("para", "shared") + "shared: {rank: 8}\n", "tasks.1.name: beside shared"),
         (PLAIN.replace("{learning_rate: 1e-4}", "{optim: adamw_8bit}") + "shared: {rank: 8}\n", "one for all"),
         (PLAIN.replace("max_steps: 10", "optim: schedule_free_adamw") + "shared: {rank: 8}\n", "share its states"),
+        (
+            PLAIN.replace("max_steps: 10", "preconditioner: riemannian") + "shared: {rank: 8}\n",
+            "two adapters in one",
+        ),
+        (
+            PLAIN.replace("output_dir", "ranks: gora\noutput_dir") + "shared: {rank: 8}\n",
+            "ranks: data cannot decide",
+        ),
+        (
+            PLAIN.replace("  - name: para", "    stages: [{at: 5, freeze: top}]\n  - name: para")
+            + "shared: {rank: 8}\n",
+            "tasks.0.stages: beside shared an adapter stays",
+        ),
+        (PLAIN + "shared: {rank: 8, init: pissa}\n", "shared.init: pissa takes a part"),
+        (
+            PLAIN.replace("output_dir", "stages: [{at: 5, freeze: bot}]\noutput_dir"),
+            "r.yaml:8: stages.0.freeze: stage 'stage0': there is no band 'bot'\nhint: the bands are: bottom, top",
+        ),
         (PLAIN.replace("max_steps: 10", "save_only_model: true") + "shared: {rank: 8}\n", "to go on from"),
         (
             TWO.split("tasks:")[0] + "data: {sources: x}\nshared: {rank: 8}\n",

@@ -157,7 +157,7 @@ def test_ranks_and_stages_of_tasks():
         (("rank: 8}", "rank: 8, init: pissa}"), "r.yaml:3: adapters.0.init", "pissa takes a part"),
         (("{name: all, rank: 4}", "{schedule: {name: random, ratio: 0}}"), "tasks.1.schedule.ratio", "greater"),
         (("{name: all, rank: 4}", "{ranks: gora, kind: adalora}"), "r.yaml:14: tasks.1", "finds its own"),
-        (("output_dir", "sweep: {arms: [uniform], rank: 4, learning_rates: [1e-4]}\noutput_dir"), "r.yaml:8: sweep",
+        (("output_dir", "sweep: {arms: [uniform, random], rank: 4, learning_rates: [1]}\noutput_dir"), "r.yaml:8",
          "of one task"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 
 import psutil
@@ -37,6 +38,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 def process_peak_bytes() -> int:
     """The largest resident set that this process ever had, loading included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what was freed: glibc keeps it for the thread that had it, and the next could not use it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other libraries of C have none, or need none
+    if trim is not None:
+        trim(0)
 
 
 def hardware_of(recipe: Recipe) -> Hardware:

@@ -14,6 +14,7 @@ from qhybrid.recipe.tasks import named
 from qhybrid.training.callbacks.turns import TakeTurns
 from qhybrid.training.coroutine import Coroutine
 from qhybrid.training.events import EventLog
+from qhybrid.training.memory import give_back_freed_memory
 from qhybrid.training.process_state import ProcessState
 from qhybrid.training.session import Session, SftResult
 from qhybrid.training.signals import Interrupted, StopSignals
@@ -65,6 +66,8 @@ class Task:
         before = self.step
         with self.in_place():
             self.loop.advance()
+        if self.trainer.args.device.type == "cpu":  # where activations are; or each thread would keep its own
+            give_back_freed_memory()
         self._has_stepped |= self.step > before
         return self.step > before
 

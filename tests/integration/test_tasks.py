@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,6 +157,45 @@ def test_what_is_wrong_with_one_task_names_it(tmp_path, tiny_model_folder, task,
     if (tmp_path / "run").exists():  # what the trainer alone finds; nothing is lost
         assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
         run_sft(tasks_recipe(tmp_path, tiny_model_folder, "ada", adapters=None), console=QUIET)
+
+
+MEASURED = """\
+import json, sys
+from pathlib import Path
+from helpers import tiny_folder, write_rows
+import torch
+from qhybrid.recipe.load import LoadedRecipe, parse_recipe
+from qhybrid.training.sft import run_sft
+from rich.console import Console
+
+torch.set_num_threads(1)
+folder, number = Path(sys.argv[1]), int(sys.argv[2])
+model = tiny_folder(folder / "m", hidden_size=192, intermediate_size=512, max_position_embeddings=1024)
+write_rows(folder / "rows.jsonl", [{"text": " ".join(f"word {i * j}" for i in range(150))} for j in range(1, 9)])
+values = {
+    "model": {"path": str(model), "dtype": "float32"},
+    "adapters": [{"rank": 2}],
+    "training": {"max_steps": 2, "per_device_train_batch_size": 8, "gradient_checkpointing": False,
+                 "save_strategy": "no", "max_length": 512},
+    "tasks": [{"name": f"t{n}", "data": {"sources": str(folder / "rows.jsonl")}} for n in range(number)],
+    "output_dir": str(folder / f"run{number}"),
+}
+result = run_sft(LoadedRecipe(parse_recipe(json.dumps(values), "m")[0], folder / "r"), console=Console(quiet=True))
+print(result.figures["tasks"]["t0"]["peak_process_bytes"])
+"""
+
+
+@pytest.mark.slow
+def test_three_tasks_take_the_activations_of_one(tmp_path):
+    """On the CPU, where the threads of the loops would each keep what they had freed."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    peaks = []
+    for number in (1, 3):
+        command = [sys.executable, "-c", MEASURED, str(tmp_path), str(number)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_a_finished_run_is_left_alone(trained):

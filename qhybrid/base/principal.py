@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from qhybrid.errors import ModelError
 
-PISSA = "pissa"  # how a row of the layout says that it starts so
 _CHUNK_SIZE = 2**19  # weights that are widened at a time
 _ATTRIBUTE = "principal_part"  # of a layer
 

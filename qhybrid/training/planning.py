@@ -9,7 +9,6 @@ from typing import Any
 
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
-from qhybrid.base.principal import PISSA
 from qhybrid.disk import write_atomically
 from qhybrid.errors import MemoryPlanError
 from qhybrid.planner.advise import ways_to_fit
@@ -18,6 +17,7 @@ from qhybrid.planner.optimizers import rule_of
 from qhybrid.planner.plan import Budget, Plan, RankCap, make_plan
 from qhybrid.planner.solve import asked_ranks, rank_caps, solve_rank, with_ranks
 from qhybrid.planner.workload import WIDTHS, Device
+from qhybrid.recipe.band import PISSA
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.run import Run
 from qhybrid.units import format_bytes, format_count

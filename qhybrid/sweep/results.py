@@ -49,7 +49,7 @@ class RunResult:
     step: int  # optimizer steps taken
     total_steps: int
     metrics: dict[str, float]  # on the held-out rows; empty unless finished
-    seconds: float  # of the optimizer steps
+    seconds: float  # of the optimizer steps, and of finding ranks from data before them
     other_seconds: float  # of the process beside them: start, loading, evaluation, saving
     peak_bytes: int | None  # of the process in training, or of the GPU's memory; None where it took no step
     note: str = ""  # why it was pruned, or what diverged
@@ -57,7 +57,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class ModuleRank:
-    """The rank of one module; with a random map that of the first seed, with AdaLoRA the target."""
+    """The rank of one module."""
 
     __pydantic_config__ = _STRICT
 
@@ -77,16 +77,16 @@ class ArmResult:
     description: str  # one line: "lora, rank 4 everywhere"
     is_control: bool
     status: RunStatus  # pruned or diverged: no learning rate was left, so it has no figures
-    parameters: int  # of the adapter at the end; AdaLoRA at its target rank
+    parameters: int  # of the adapter at the end; the mean where runs differ
     trained_parameters: int  # in training; AdaLoRA at its initial rank
-    mean_rank: float  # at the end, weighted by the modules' sizes
-    ranks: tuple[ModuleRank, ...]
+    mean_rank: float  # as planned for the end, weighted by the modules' sizes
+    ranks: tuple[ModuleRank, ...]  # at the end of the run from the first seed; as planned where there is none
     best_learning_rate: float | None
     is_best_at_edge: bool  # no rate was tried beyond it, so it may not be the best
     seeds: tuple[int, ...]  # that finished at the best rate
     metrics: dict[str, Estimate]
     differences: dict[str, Estimate]  # to the control, in pairs of one seed and one row; empty for the control
-    seconds: float | None  # of the optimizer steps of a run, the mean
+    seconds: float | None  # as in `RunResult`, the mean
     peak_bytes: int | None  # the largest of its runs
     is_on_front: bool  # no other arm is at least as good in quality, memory and time, and better in one
 

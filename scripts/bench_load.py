@@ -159,7 +159,7 @@ def measure(loader: str, folder: Path, device_name: str) -> dict[str, object]:
     from transformers.utils import logging
 
     from qhybrid.adapters.pissa import principal_parts
-    from qhybrid.architecture.bands import build_layout
+    from qhybrid.architecture.bands import layout_of_bands
     from qhybrid.architecture.spec import read_spec
     from qhybrid.base.load import keep_exact_on_cpu, load_base
     from qhybrid.recipe.band import BandSection
@@ -178,7 +178,7 @@ def measure(loader: str, folder: Path, device_name: str) -> dict[str, object]:
     if loader == "qhybrid":
         model = load_base(ModelSection(path=str(folder)), QuantizationSection(), device=device)
     elif loader == PISSA:
-        layout = build_layout((BandSection(rank=PISSA_RANK, init="pissa"),), read_spec(folder))
+        layout = layout_of_bands((BandSection(rank=PISSA_RANK, init="pissa"),), read_spec(folder))
         bf16 = torch.bfloat16
         parts = principal_parts(layout, folder, dtype=bf16, adapter_dtype=bf16, device=device)
         model = load_base(ModelSection(path=str(folder)), QuantizationSection(), device=device, without=parts)

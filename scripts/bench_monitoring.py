@@ -69,7 +69,7 @@ def measure_run(options: argparse.Namespace) -> None:
 
     overrides = [f"model.path={DEMO_MODEL}", "monitoring.spectrum_steps=1", "training.preconditioner=riemannian"]
     recipe = load_recipe("demo", overrides).recipe
-    layout = build_layout(recipe.adapters, read_spec(model_folder(recipe.model)))
+    layout = build_layout(recipe, read_spec(model_folder(recipe.model)))
     model = load_base(recipe.model, recipe.quantization)
     steps = WARM_UP + options.steps
     ids, labels = token_rows(options.batch * steps, options.length, model.config.vocab_size)
@@ -145,13 +145,13 @@ def measure_spectra(rank: int) -> None:
     from qhybrid.adapters.attach import ADAPTER, adapted_modules, attach
     from qhybrid.adapters.spectrum import factor
     from qhybrid.adapters.watch import spectra
-    from qhybrid.architecture.bands import build_layout
+    from qhybrid.architecture.bands import layout_of_bands
     from qhybrid.architecture.spec import spec_from_config
     from qhybrid.recipe.band import BandSection
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = {"model_type": "llama", **SHAPES["llama-2-7b"]}
-    layout = build_layout((BandSection(rank=rank),), spec_from_config(config))
+    layout = layout_of_bands((BandSection(rank=rank),), spec_from_config(config))
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SHAPES["llama-2-7b"]))
     model = attach(model, layout, dtype=torch.bfloat16)

@@ -57,7 +57,7 @@ def main() -> None:
     print(f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}; ", end="")
     print(f"{BATCH} x {LENGTH} tokens, CPU time in one thread, median of {repeats}")
     recipe, _ = parse_recipe(RECIPE, "bench")
-    layout = build_layout(recipe.adapters, read_spec(model_folder(recipe.model)))
+    layout = build_layout(recipe, read_spec(model_folder(recipe.model)))
     ids = torch.randint(100, 40_000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     print("\nforward and backward            kept  checkpointed")
     times: dict[str, list[float]] = {}

@@ -23,7 +23,7 @@ from torch import Tensor
 from qhybrid.adapters.attach import attach
 from qhybrid.adapters.info import AdapterInfo
 from qhybrid.adapters.pissa import principal_parts
-from qhybrid.architecture.bands import build_layout
+from qhybrid.architecture.bands import layout_of_bands
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import read_spec
 from qhybrid.base.load import keep_exact_on_cpu, load_base
@@ -126,7 +126,7 @@ def main() -> None:
     folder = model_folder(section)
     spec = read_spec(folder)
     layouts = {
-        rank: build_layout((BandSection(rank=rank, alpha=float(rank), init="pissa"),), spec)
+        rank: layout_of_bands((BandSection(rank=rank, alpha=float(rank), init="pissa"),), spec)
         for rank in options.ranks
     }
     parts, seconds = {}, []

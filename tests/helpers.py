@@ -20,10 +20,9 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.layout import Layout
-from qhybrid.architecture.spec import ModelSpec, spec_from_config
+from qhybrid.architecture.spec import spec_from_config
 from qhybrid.data.templates import CHATML
 from qhybrid.errors import RecipeError
-from qhybrid.recipe.band import BandSection
 from qhybrid.recipe.load import LoadedRecipe, parse_recipe
 from qhybrid.recipe.schema import Recipe
 
@@ -98,11 +97,6 @@ def make_recipe(**sections: Any) -> Recipe:
         **sections,
     }
     return parse_recipe(json.dumps(values), "test")[0]
-
-
-def layout_of_bands(bands: Sequence[BandSection], spec: ModelSpec) -> Layout:
-    """The layout of bands that are sections already."""
-    return build_layout(make_recipe().model_copy(update={"adapters": tuple(bands)}), spec)
 
 
 def tiny_layout(bands: list[dict[str, Any]] | None = None, **changes: Any) -> Layout:

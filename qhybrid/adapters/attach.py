@@ -21,8 +21,9 @@ from qhybrid.adapters.peft_folder import plain_peft_config
 from qhybrid.adapters.plain import PlainModule, principal_parts_of
 from qhybrid.architecture.layout import Layout, LayoutRow
 from qhybrid.base.load import keep_exact_on_cpu
-from qhybrid.base.principal import PISSA, part_missing_in, parts_missing_in, same_parts
+from qhybrid.base.principal import part_missing_in, parts_missing_in, same_parts
 from qhybrid.errors import AdapterError, ModelError
+from qhybrid.recipe.band import PISSA
 
 ADAPTER = "default"
 

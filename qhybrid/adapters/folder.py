@@ -28,10 +28,11 @@ from qhybrid.adapters.peft_folder import CONFIG, read_peft_folder, write_peft_fo
 from qhybrid.adapters.plain import PlainAdapter, PlainModule, on_whole_base, plain_modules, require_finite
 from qhybrid.architecture.layout import Layout, LayoutRow
 from qhybrid.base.locate import refuse_links_out
-from qhybrid.base.principal import PISSA, PrincipalPart, part_missing_in, parts_missing_in, same_parts
+from qhybrid.base.principal import PrincipalPart, part_missing_in, parts_missing_in, same_parts
 from qhybrid.base.tensor_files import read_tensors, write_tensors
 from qhybrid.disk import write_bytes
 from qhybrid.errors import AdapterError
+from qhybrid.recipe.band import PISSA
 from qhybrid.redaction import redacted, redacted_values
 
 WEIGHTS = "adapter.safetensors"

@@ -17,9 +17,10 @@ from qhybrid.adapters.low_rank import leading_triple
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import read_config
 from qhybrid.base.nf4 import quantize_nf4
-from qhybrid.base.principal import PISSA, Parts, PrincipalPart, stored_quantized
+from qhybrid.base.principal import Parts, PrincipalPart, stored_quantized
 from qhybrid.base.weights import ModuleWeights
 from qhybrid.errors import ModelError
+from qhybrid.recipe.band import PISSA
 from qhybrid.recipe.schema import QuantizationSection
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from qhybrid.adapters.adalora import lora_factors
 from qhybrid.adapters.info import AdapterInfo
 from qhybrid.architecture.layout import Layout
-from qhybrid.base.principal import PISSA, PrincipalPart
+from qhybrid.base.principal import PrincipalPart
 from qhybrid.errors import AdapterError
+from qhybrid.recipe.band import PISSA
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -6,6 +6,7 @@ import bisect
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qhybrid.architecture.layout import Layout, LayoutRow
@@ -32,9 +33,29 @@ def build_layout(recipe: Recipe, spec: ModelSpec) -> Layout:
         LayoutError: a layer out of range, an empty band, a pattern that matches nothing, two bands that claim the
             same module, or a budget below the lowest ranks.
     """
+    init = recipe.ranks.method if recipe.ranks and recipe.ranks.initialise else None
+    schedule = recipe.schedule or (_UNIFORM if recipe.rank_budget is not None else None)
+    limits = recipe.schedule or recipe.ranks
+    members = _members(recipe.adapters, spec)
+    if schedule is not None and limits is not None:
+        ranks = _scheduled(schedule, limits, members, recipe.rank_budget)
+    else:
+        ranks = _own_ranks(recipe.adapters, members)
+    return Layout(tuple(_row(member, spec, rank, init) for member, rank in zip(members, ranks, strict=True)))
+
+
+def layout_of_bands(bands: Sequence[BandSection], spec: ModelSpec) -> Layout:
+    """As `build_layout`, for bands that share no schedule."""
+    members = _members(bands, spec)
+    ranks = _own_ranks(bands, members)
+    return Layout(tuple(_row(member, spec, rank, None) for member, rank in zip(members, ranks, strict=True)))
+
+
+def _members(bands: Sequence[BandSection], spec: ModelSpec) -> list[_Member]:
+    """Every module that a band names, in the order of the layers."""
     owner: dict[str, str] = {}
     members: list[_Member] = []
-    for band in recipe.adapters:
+    for band in bands:
         layers = parse_layers(band.layers, spec.num_layers, band.band)
         linears = match_targets(band, spec)
         for layer in layers:
@@ -49,9 +70,7 @@ def build_layout(recipe: Recipe, spec: ModelSpec) -> Layout:
                 members.append(_Member(band, layer, linear))
     order = {linear.name: index for index, linear in enumerate(spec.linears)}
     members.sort(key=lambda member: (member.layer, order[member.linear.name]))
-    ranks = _ranks(recipe, members)
-    init = recipe.ranks.method if recipe.ranks and recipe.ranks.initialise else None
-    return Layout(tuple(_row(member, spec, ranks[index], init) for index, member in enumerate(members)))
+    return members
 
 
 @dataclass(frozen=True)
@@ -78,16 +97,10 @@ class _Member:
         return Place(self.layer, self.linear.target, self.cost, lowest, highest)
 
 
-def _ranks(recipe: Recipe, members: list[_Member]) -> list[int]:
-    """The rank of every member; AdaLoRA's at the end."""
-    whole = recipe.schedule or recipe.ranks
-    if whole is not None:
-        schedule = recipe.schedule or (_UNIFORM if recipe.rank_budget is not None else None)
-        if schedule is None:
-            return [member.band.rank for member in members]
-        return _scheduled(schedule, whole, members, recipe.rank_budget)
+def _own_ranks(bands: Sequence[BandSection], members: list[_Member]) -> list[int]:
+    """The rank of every member by its band alone; AdaLoRA's at the end."""
     ranks = [member.band.rank for member in members]
-    for band in recipe.adapters:
+    for band in bands:
         if band.schedule is not None:
             own = [index for index, member in enumerate(members) if member.band is band]
             found = _scheduled(band.schedule, band.schedule, [members[index] for index in own], None)

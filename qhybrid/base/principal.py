@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from qhybrid.errors import ModelError
 
-PISSA = "pissa"  # how a row of the layout says that it starts so
 _CHUNK_SIZE = 2**19  # weights that are widened at a time
 _ATTRIBUTE = "principal_part"  # of a layer
 
@@ -40,11 +39,12 @@ class PrincipalPart:
         return torch.addmm(rows.double(), b, a, alpha=-self.scaling).to(rows.dtype)
 
     def take_out_of(self, weight: Tensor) -> None:
-        """W (out, in) becomes W − s·B0·A0 in its own memory, with 4 MiB of scratch memory for each of three."""
-        num_rows = max(1, _CHUNK_SIZE // weight.shape[1])
+        """W (out, in) becomes W − s·B0·A0 in its own memory; the scratch memory is that of some MiB of rows."""
+        a, b = (factor.to(weight.device, torch.float64) for factor in (self.a, self.b))
+        wide, num_rows = PrincipalPart(a, b, self.scaling), max(1, _CHUNK_SIZE // weight.shape[1])
         for start in range(0, len(weight), num_rows):
             rows = weight[start : start + num_rows]
-            rows.copy_(self.residual(rows, start))
+            rows.copy_(wide.residual(rows, start))
 
     def equals(self, other: PrincipalPart | None) -> bool:
         """Whether both are the same values, in whatever dtypes."""

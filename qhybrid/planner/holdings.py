@@ -102,6 +102,12 @@ def adalora_scores(layout: Layout, rounding: int) -> int:
     return total
 
 
+def principal_bytes(layout: Layout, adapter_width: int) -> int:
+    """What PiSSA's A and B were at the start: in main memory, and in every checkpoint."""
+    rows = (row for row in layout if row.init == "pissa")
+    return sum(row.rank * (row.in_features + row.out_features) * adapter_width for row in rows)
+
+
 def dora_norms(layout: Layout, rounding: int) -> int:
     """Row norms of W, and those of W + s·B·A that are kept until the next optimizer step, in fp32."""
     return sum(2 * (-(-row.out_features * FP32 // rounding) * rounding) for row in layout.of_kind("dora"))

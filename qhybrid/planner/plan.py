@@ -12,7 +12,7 @@ from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.planner import constants
 from qhybrid.planner.hardware import Gpu
-from qhybrid.planner.holdings import base_weights, unsplit_remainders
+from qhybrid.planner.holdings import base_weights, principal_bytes, unsplit_remainders
 from qhybrid.planner.memory import Prediction, predict
 from qhybrid.planner.workload import WIDTHS, Device
 from qhybrid.recipe.schema import Recipe
@@ -63,7 +63,7 @@ class Plan:
     load_peak: int  # while the model is loaded
     host: int  # resident memory of the process on the host
     download: int  # of the model, in 16 bits
-    checkpoint: int  # one on disk: adapters, optimizer states, AdaLoRA's scores
+    checkpoint: int  # one on disk: adapters, as PiSSA began too, optimizer states, AdaLoRA's scores
     layout: Layout
     largest: Layout  # what the recipe's stages may make of it: what everything above is for
     caps: tuple[RankCap, ...] = ()
@@ -203,7 +203,9 @@ def assemble(
     )
     if device == "cpu":
         host = process_bytes + allocated
-    states = sum(prediction.bands.values()) + prediction.unified
+    principal = principal_bytes(layout, WIDTHS[recipe.adapter_dtype])
+    host += principal
+    states = sum(prediction.bands.values()) + prediction.unified + principal
     states += sum(prediction.components.get(name, 0) for name in ("optimizer states", "AdaLoRA scores"))
     return Plan(
         model=recipe.model.path,

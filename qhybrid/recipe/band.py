@@ -18,6 +18,7 @@ DEFAULT_LORAPLUS_RATIO = 4.0
 
 # Of target_modules; the names that it is matched against have some 20 characters.
 _LONGEST_PATTERN = 300
+PISSA = "pissa"  # as an init: A and B start as the principal part of the weight
 LONGEST_LAYERS = 1000  # characters: every layer of a large model by its number
 
 

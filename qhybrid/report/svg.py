@@ -95,11 +95,11 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten between two positive numbers, with 2 and 5 times them where there are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1,) if last - first > 3 else (1, 2, 5)
-    ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
-    inside = [tick for tick in ticks if low <= tick <= high]
-    below = [tick for tick in ticks if tick < low][-1:]
-    above = [tick for tick in ticks if tick > high][:1]
-    return [*below, *inside, *above]
+    ticks = [
+        factor * 10.0**power for power in range(first - 1, last + 2) for factor in factors
+    ]  # rounding: one more
+    below, above = max(tick for tick in ticks if tick <= low), min(tick for tick in ticks if tick >= high)
+    return [tick for tick in ticks if below <= tick <= above]
 
 
 def tick_text(value: float) -> str:

@@ -189,8 +189,8 @@ def rank_maps(arms: Sequence[ArmResult]) -> Section | None:
             pictures.append((f"{number} {arm.name}: rank {span}", picture))
     caption = (
         f"Layers from left to right, {', '.join(grid.targets)} from top to bottom, in the same colours: dark is a "
-        f"low rank, bright a high one, up to {shades.high:.0f}. Of random maps the first seed's, of AdaLoRA the "
-        "target rank."
+        f"low rank, bright a high one, up to {shades.high:.0f}. The ranks at the end of "
+        "the run from the first seed, or as planned where it has not ended."
     )
     blocks = [Gallery("Ranks of the arms", pictures, caption)]
     return Section("maps", "Rank maps", "Where each arm has its ranks.", blocks)

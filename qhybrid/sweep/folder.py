@@ -28,7 +28,7 @@ from qhybrid.training.claim import changes_between
 FORMAT_VERSION = 1
 _MAY_DIFFER = (
     "output_dir", "training.logging_steps", "training.report_to", "training.run_name", "training.save_total_limit",
-    "training.save_s", "memory.vram",
+    "training.save_steps", "training.save_strategy", "memory.vram",
 )  # fmt: skip
 
 

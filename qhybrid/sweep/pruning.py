@@ -86,6 +86,10 @@ class Pruner:
         )
         self._known = {trial.user_attrs.get(_RUN) for trial in self._study.get_trials(deepcopy=False)}
 
+    def knows(self, name: str) -> bool:
+        """Whether the run is in the study."""
+        return name in self._known
+
     def ended(self, name: str, arm: str, learning_rate: float, seed: int, outcome: Outcome) -> None:
         """Put a run that has ended into the study, once."""
         from optuna.trial import TrialState

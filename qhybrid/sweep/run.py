@@ -133,6 +133,10 @@ class _Runs:
         missing = []
         for key in keys:
             outcome = self.outcomes.get(key) or read_outcome(self._folder.run(key.name))
+            if outcome and is_search and self._pruner and not self._pruner.knows(key.name):
+                # It ended, and the sweep was killed before it was judged.
+                seconds = outcome.seconds + outcome.other_seconds
+                outcome = self._judged(key, outcome, outcome.eval_losses, outcome.total_steps, seconds)
             if outcome is None:
                 missing.append(key)
             else:
@@ -168,46 +172,19 @@ class _Runs:
         words = []
         for name in names:
             tail = self._tails[name]
-            if tail.refresh() and is_search and self._hopeless_at(name) is not None:
+            if tail.refresh() and is_search and self._hopeless_at(self._keys[name], tail.losses, tail.total_steps):
                 self._pool.stop(name)
             words.append(f"{name}, step {tail.step} of {tail.total_steps}" if tail.total_steps else name)
         return "; ".join(words)
 
-    def _hopeless_at(self, name: str) -> int | None:
-        """The step at which the pruner gives the run up. The control never is, and its runs end first.
-
-        Every evaluation is asked for, in order, so that it does not matter when this process saw it.
-        """
-        key, sweep = self._keys[name], self._setup.sweep
-        control = [one for one in self._setup.search if one.arm == sweep.control]
-        if self._pruner is None or key in control or any(one not in self.outcomes for one in control):
-            return None
-        tail = self._tails[name]
-        seen: dict[int, float] = {}
-        for step in sorted(tail.losses):
-            seen[step] = tail.losses[step]
-            if step < tail.total_steps and self._pruner.is_hopeless(seen, tail.total_steps):
-                return step
-        return None
-
     def _end(self, ended: Ended, is_search: bool) -> None:
         key = self._keys[ended.name]
-        folder = self._folder.run(key.name)
-        self._tails[key.name].refresh()
-        step = self._hopeless_at(key.name) if is_search else None
+        folder, tail = self._folder.run(key.name), self._tails[key.name]
+        tail.refresh()
         outcome = read_outcome(folder)
-        if step is not None:
-            loss = self._tails[key.name].losses[step]
-            sweep = self._setup.sweep
-            assert sweep.prune is not None
-            outcome = outcome_of(
-                Run(folder / RUN),
-                "pruned",
-                until=step,
-                process_seconds=time.time() - self._began[key.name],
-                note=f"loss {loss:.4f} at step {step}: not among the best {sweep.prune.percentile:g}% there",
-            )
-            write_outcome(outcome, folder)
+        if is_search:
+            seconds = time.time() - self._began[key.name]
+            outcome = self._judged(key, outcome, tail.losses, tail.total_steps, seconds)
         if outcome is None:
             raise TrainingError(
                 f"the run {key.name} failed: {_last_words(folder / LOG, ended.exit_code)}",
@@ -216,6 +193,35 @@ class _Runs:
         self._num_done += 1
         self._note(key, outcome, is_search)
         _say(self._console, f"[{self._num_done}/{self._num_all}] {self._words(key, outcome)}")
+
+    def _judged(
+        self, key: RunKey, outcome: Outcome | None, losses: dict[int, float], total_steps: int, seconds: float
+    ) -> Outcome | None:
+        """The outcome, or that of a pruned run: also where the run was quicker than the one who was to stop it."""
+        step = self._hopeless_at(key, losses, total_steps)
+        if step is None:
+            return outcome
+        assert self._setup.sweep.prune is not None
+        share, folder = self._setup.sweep.prune.percentile, self._folder.run(key.name)
+        note = f"loss {losses[step]:.4f} at step {step}: not among the best {share:g}% there"
+        pruned = outcome_of(Run(folder / RUN), "pruned", until=step, process_seconds=seconds, note=note)
+        write_outcome(pruned, folder)
+        return pruned
+
+    def _hopeless_at(self, key: RunKey, losses: dict[int, float], total_steps: int) -> int | None:
+        """The step at which the pruner gives the run up. The control never is, and its runs end first.
+
+        Every evaluation is asked for, in order, so that it does not matter when this process saw it.
+        """
+        control = [one for one in self._setup.search if one.arm == self._setup.sweep.control]
+        if self._pruner is None or key in control or any(one not in self.outcomes for one in control):
+            return None
+        seen: dict[int, float] = {}
+        for step in sorted(losses):
+            seen[step] = losses[step]
+            if step < total_steps and self._pruner.is_hopeless(seen, total_steps):
+                return step
+        return None
 
     def _note(self, key: RunKey, outcome: Outcome, is_search: bool) -> None:
         self.outcomes[key] = outcome

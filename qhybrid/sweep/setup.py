@@ -10,6 +10,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+from qhybrid.data.readers import with_whole_paths
 from qhybrid.errors import QhybridError, SweepError
 from qhybrid.planner import constants
 from qhybrid.planner.plan import make_plan
@@ -22,7 +23,7 @@ from qhybrid.sweep.folder import Started
 from qhybrid.sweep.order import LOG, Order, Probe
 from qhybrid.sweep.pool import num_at_once, num_cores, num_threads
 from qhybrid.sweep.pruning import require_optuna
-from qhybrid.training.preflight import check_inputs, settle
+from qhybrid.training.preflight import check_inputs
 from qhybrid.units import format_bytes
 
 PRELOAD = "qhybrid.sweep.preload"
@@ -47,7 +48,7 @@ class RunKey:
 class Setup:
     """A sweep that can begin."""
 
-    loaded: LoadedRecipe  # with nothing left open
+    loaded: LoadedRecipe  # from `settled`
     arms: tuple[Arm, ...]
     parameters: int  # the budget
     needed_bytes: dict[str, int]  # by arm, of the memory that runs share
@@ -84,12 +85,13 @@ class Setup:
 
 
 def settled(loaded: LoadedRecipe) -> LoadedRecipe:
-    """The recipe with nothing left open.
+    """The recipe as its sweep takes it: data files named from the root, and the first seed.
 
     Raises:
         QhybridError: it has no sweep, or one that cannot be run.
     """
-    recipe = settle(loaded)
+    # Not resolved: an alpha that is left out follows the ranks that each arm gives its modules.
+    recipe = loaded.recipe.model_copy(update={"data": with_whole_paths(loaded.recipe.data, loaded.folder)})
     sweep = recipe.sweep
     if sweep is None:
         raise SweepError(f"{loaded.path} has no section sweep", hint="docs/sweeps.md shows one")

@@ -9,7 +9,8 @@ from qhybrid.adapters.folder import read_principal_parts
 from qhybrid.adapters.pissa import principal_parts
 from qhybrid.architecture.layout import Layout
 from qhybrid.base.locate import model_folder
-from qhybrid.base.principal import PISSA, Parts
+from qhybrid.base.principal import Parts
+from qhybrid.recipe.band import PISSA
 from qhybrid.recipe.schema import Recipe
 from qhybrid.training.run import Run
 

@@ -11,11 +11,10 @@ from typing import Any
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.base.facts import model_facts
-from qhybrid.base.principal import PISSA
 from qhybrid.disk import write_atomically
 from qhybrid.errors import MemoryPlanError, ModelError
 from qhybrid.planner.advise import ways_to_fit
-from qhybrid.planner.holdings import adalora_scores, adapter_bytes, optimizer_states
+from qhybrid.planner.holdings import adalora_scores, adapter_bytes, optimizer_states, principal_bytes
 from qhybrid.planner.optimizers import rule_of
 from qhybrid.planner.plan import Budget, Plan, RankCap, make_plan
 from qhybrid.planner.solve import asked_ranks, rank_caps, solve_rank, with_ranks
@@ -155,7 +154,7 @@ def checkpoint_bytes(recipe: Recipe, layout: Layout) -> int:
     width = WIDTHS[recipe.adapter_dtype]
     states = optimizer_states(layout, width, rule_of(recipe.training.optim), 1, "cpu")
     beside = 1024 * len(layout) + 32_768
-    beside += sum(width * row.rank * (row.in_features + row.out_features) for row in layout if row.init == PISSA)
+    beside += principal_bytes(layout, width)
     return sum(adapter_bytes(layout, width, 1).values()) + sum(states) + adalora_scores(layout, 1) + beside
 
 

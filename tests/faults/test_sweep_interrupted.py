@@ -38,7 +38,9 @@ def wait_for_step(output: Path, run: str, step: int, process: subprocess.Popen[b
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_model_folder):
     """The recipe, and its sweep that nothing happened to."""
-    recipe = sweep_recipe(tmp_path_factory.mktemp("whole"), tiny_model_folder, learning_rates=[5e-3])
+    # Long enough that a run whose sweep was killed at step 4 has not ended before it sees it.
+    steps = {"max_steps": 40, "save_steps": 2}
+    recipe = sweep_recipe(tmp_path_factory.mktemp("whole"), tiny_model_folder, steps, learning_rates=[5e-3])
     done = run_cli("ranks", "sweep", recipe, "--output", recipe.parent / "sweep")
     assert done.returncode == 0, done.stderr + done.stdout
     return recipe, recipe.parent / "sweep"

@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import torch
-from helpers import layout_of_bands, nf4_config, run_recipe
+from helpers import nf4_config, run_recipe
 from rich.console import Console
 
 from qhybrid.adapters.attach import attach
+from qhybrid.architecture.bands import layout_of_bands
 from qhybrid.architecture.spec import read_spec
 from qhybrid.base.load import load_base
 from qhybrid.data.prepare import prepare_file

@@ -448,6 +448,23 @@ def test_recipes_that_make_no_sense_are_refused():
     assert make_recipe(adapters=[{"init_lora_weights": "pissa", "rank": 4}]).adapters[0].init == "pissa"
 
 
+def test_the_plan_is_that_of_lora_but_for_what_is_stored():
+    from helpers import TINY
+
+    from qhybrid.architecture.spec import spec_from_config
+    from qhybrid.planner.plan import Budget, make_plan
+
+    spec = spec_from_config(TINY)
+    plain, pissa = (
+        make_plan(make_recipe(adapters=[{"rank": 4, "init": init}]), spec, Budget(None), device="cuda")
+        for init in ("kaiming", "pissa")
+    )
+    stored = plain.layout.num_parameters * 4
+    assert pissa.layout.num_parameters == plain.layout.num_parameters
+    assert (pissa.allocated, pissa.needed) == (plain.allocated, plain.needed)
+    assert (pissa.checkpoint - plain.checkpoint, pissa.host - plain.host) == (stored, stored)
+
+
 def test_a_plain_module_keeps_its_two_forms_apart():
     a, b = torch.randn(6, 5), torch.randn(4, 6)
     module = PlainModule("m", a, b, 2.0, num_principal=2)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from helpers import layout_of_bands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qhybrid.architecture.bands import layout_of_bands
 from qhybrid.architecture.spec import ModelSpec, spec_from_config
 from qhybrid.errors import RecipeError
 from qhybrid.planner import recommend as module

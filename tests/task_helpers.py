@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def at_step(
 def sigterm(trainer: BandedTrainer) -> None:
     """As `kill` sends it."""
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.3)  # this is not the main thread, which is told of it
 
 
 def killed(trainer: BandedTrainer) -> None:

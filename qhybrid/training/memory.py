@@ -41,7 +41,7 @@ def process_peak_bytes() -> int:
 
 
 def give_back_freed_memory() -> None:
-    """Let the system have what was freed: glibc keeps it for the thread that had it, and the next could not use it."""
+    """Let the system have what was freed: glibc keeps it for the thread that had it, and no other can use it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other libraries of C have none, or need none
     if trim is not None:
         trim(0)

@@ -16,7 +16,7 @@ from task_helpers import at_step, killed, sigterm, turns_of
 from qhybrid.adapters.attach import ADAPTER, attach
 from qhybrid.adapters.folder import read_plain
 from qhybrid.adapters.shared import attach_shared, concatenated
-from qhybrid.architecture.bands import build_layout
+from qhybrid.architecture.bands import layout_of_bands
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import read_spec
 from qhybrid.base.load import keep_exact_on_cpu, load_base
@@ -152,12 +152,12 @@ def test_the_sum_and_its_concatenation(tiny_model_folder):
     loaded = recipe_in(tiny_model_folder.parent, tiny_model_folder)
     recipes = task_recipes(loaded.recipe)
     spec = read_spec(tiny_model_folder)
-    shared = build_layout((loaded.recipe.shared,), spec)
+    shared = layout_of_bands((loaded.recipe.shared,), spec)
     base = load_base(loaded.recipe.model, loaded.recipe.quantization, device="cpu")
     keep_exact_on_cpu(base)
     factors, models = None, {}
     for name, recipe in recipes.items():
-        own = build_layout(recipe.adapters, spec)
+        own = layout_of_bands(recipe.adapters, spec)
         model = attach(share_weights(base), own, dtype=torch.float32)
         factors = attach_shared(model, shared, dtype=torch.float32, factors=factors)
         models[name] = (model.eval(), own)

@@ -41,17 +41,17 @@ def sweep(recipe: str, overrides: tuple[str, ...], output: str, jobs: int | None
     for notice in loaded.notices:
         click.echo(f"note: {notice}")
     if dry_run:
-        _announce(look_ahead(loaded, jobs=jobs, prepare=quiet_libraries))
+        announce_arms(look_ahead(loaded, jobs=jobs, prepare=quiet_libraries))
         return
     console = Console()
     results = run_sweep(
-        loaded, Path(output), jobs=jobs, console=console, prepare=quiet_libraries, announce=_announce
+        loaded, Path(output), jobs=jobs, console=console, prepare=quiet_libraries, announce=announce_arms
     )
-    _show(results)
+    show_results(results)
     click.echo(f"results  {Path(output) / 'results.json'}, results.md")
 
 
-def _announce(setup: Setup) -> None:
+def announce_arms(setup: Setup) -> None:
     """The arms at their budget, and how many runs there will be."""
     from qhybrid.units import format_bytes, format_count
 
@@ -86,7 +86,7 @@ def _some(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def _show(results: SweepResults) -> None:
+def show_results(results: SweepResults) -> None:
     from qhybrid.sweep.text import legend, table
 
     header, rows = table(results)

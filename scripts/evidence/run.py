@@ -2,9 +2,9 @@
 """Which ranks: the sweeps behind the tables of SmolLM2 in docs/evidence.md. run.py TASK RANK SOURCE --work FOLDER
 
 TASK is mrpc or gsm8k; SOURCE is the folder with the task's data: train.jsonl and test.jsonl of MRPC with sentence1,
-sentence2 and label; train_2000.jsonl and validation_300.jsonl of GSM8K with question and answer. Neither is part of this
-project. The same command goes on where it was interrupted; at its end it writes docs/data/evidence/TASK_rankRANK.json.
-Two hours and more for each on two cores.
+sentence2 and label; train_2000.jsonl and validation_300.jsonl of GSM8K with question and answer. Neither is part
+of this project. The same command goes on where it was interrupted; at its end it writes
+docs/data/evidence/TASK_rankRANK.json. An hour and more for each on two cores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qhybrid.cli.main import quiet_libraries
-from qhybrid.cli.ranks import _announce, _show
+from qhybrid.cli.ranks import announce_arms, show_results
 from qhybrid.recipe.load import load_recipe
 from qhybrid.sweep.run import run_sweep
 
@@ -66,9 +66,9 @@ def main() -> None:
         jobs=2,
         console=Console(),
         prepare=prepare,
-        announce=_announce,
+        announce=announce_arms,
     )
-    _show(results)
+    show_results(results)
     OUTPUT.mkdir(parents=True, exist_ok=True)
     shutil.copy(options.work / name / "results.json", OUTPUT / f"{name}.json")
 

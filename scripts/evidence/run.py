@@ -2,8 +2,8 @@
 """Which ranks: the sweeps behind the tables of SmolLM2 in docs/evidence.md. run.py TASK RANK SOURCE --work FOLDER
 
 TASK is mrpc or gsm8k; SOURCE is the folder with the task's data: train.jsonl and test.jsonl of MRPC with
-sentence1, sentence2 and label; train_2000.jsonl and validation_300.jsonl of GSM8K with question and answer. Neither
-is part of this project. The same command goes on where it was interrupted; at its end it writes
+sentence1, sentence2 and label; train_2000.jsonl and validation_300.jsonl of GSM8K with question and answer.
+Neither is part of this project. The same command goes on where it was interrupted; at its end it writes
 docs/data/evidence/TASK_rankRANK.json. An hour and more for each on two cores.
 """
 

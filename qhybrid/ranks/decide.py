@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from qhybrid.recipe.ranks import DataRanksSection
 from qhybrid.recipe.schema import Recipe
 from qhybrid.units import parse_bytes
 
+Losses = Callable[[PreTrainedModel, Sequence[EncodedRow], int], Iterator[Tensor]]  # as `gora.token_losses`
 InitialValues = Mapping[str, tuple[Tensor, Tensor]]  # by module: A (r, in) and B (out, r), fp32
 
 
@@ -41,6 +42,7 @@ def decide_ranks(
     layout: Layout,
     data: Dataset,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    losses: Losses = gora.token_losses,
 ) -> Decision:
     """Run the method that `recipe.ranks` names. The model is the bare base; it is frozen, and not changed.
 
@@ -48,6 +50,7 @@ def decide_ranks(
         layout: the uniform one of `build_layout`, whose budget is spread anew.
         data: the training rows, `input_ids` and `labels`.
         progress: told how many of how many passes over the chosen rows are done.
+        losses: gora: of the model on some rows, so many at a time, the parts that sum to what is to be minimised.
     """
     section = recipe.ranks
     assert section is not None
@@ -62,7 +65,7 @@ def decide_ranks(
     if section.method == "gora":
         probes = gora.probe_gradients(
             model,
-            lambda: gora.token_losses(model, rows, batch_size),
+            lambda: losses(model, rows, batch_size),
             layout.rows,
             largest,
             memory=memory,

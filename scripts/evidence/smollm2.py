@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Which ranks: the sweeps behind the tables of SmolLM2 in docs/evidence.md. run.py TASK RANK SOURCE --work FOLDER
+"""Which ranks: the sweeps behind the tables of SmolLM2 in docs/evidence.md.
+
+    smollm2.py TASK RANK SOURCE --work FOLDER
 
 TASK is mrpc or gsm8k; SOURCE is the folder with the task's data: train.jsonl and test.jsonl of MRPC with
 sentence1, sentence2 and label; train_2000.jsonl and validation_300.jsonl of GSM8K with question and answer.
@@ -23,7 +25,7 @@ from qhybrid.recipe.load import load_recipe
 from qhybrid.sweep.run import run_sweep
 
 HERE = Path(__file__).resolve().parent
-OUTPUT = HERE.parent.parent / "docs" / "data" / "evidence"
+OUTPUT = HERE.parents[1] / "docs" / "data" / "evidence"
 TASKS = ("mrpc", "gsm8k")
 
 

@@ -2,6 +2,7 @@
 
     python scripts/evidence/planted_ranks.py                  # writes docs/data/evidence/planted_ranks.json
     python scripts/evidence/planted_ranks.py --work FOLDER    # keeps what is done there, and goes on from it
+    python scripts/evidence/planted_ranks.py --variants effect size    # terms of equal size, too
     python scripts/evidence/plot_planted_ranks.py             # draws docs/images/planted_ranks.png
 
 A tiny LLaMA is briefly pretrained; a teacher is the same model with known ranks planted in its modules; students
@@ -51,6 +52,7 @@ NUM_PROCESSES = 2
 PACKAGES = ("qhybrid", "torch", "transformers", "peft")
 
 SEARCH_SEED, SEARCH_PLANT = 1000, "uniform"
+SAME_ON_UNIFORM = "oracle"  # the arm that is the uniform one there
 LEARNING_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 
 # How large the planted terms are, and the arms whose students learn from such teachers. GoRA's and EVA's maps need
@@ -150,7 +152,10 @@ def find(folder: Path, sizes: Sizes, task: Task, learning_rates: dict[str, float
             found["maps"][arm] = {row.module: row.rank for row in student.layout}
             found["maps"][f"{arm} importance"] = student.importance
         if arm in VARIANTS[task.variant] and arm not in found["arms"]:
-            found["arms"][arm] = group.learn(student, learning_rates[arm])
+            is_known = arm == SAME_ON_UNIFORM and task.plant == SEARCH_PLANT  # as the uniform arm, in every bit
+            found["arms"][arm] = (
+                found["arms"]["uniform"] if is_known else group.learn(student, learning_rates[arm])
+            )
     found["maps"]["adalora"] = found["arms"]["adalora"]["ranks"]
     found["maps"]["adalora scores"] = found["arms"]["adalora"].pop("scores")
     return found
@@ -196,18 +201,21 @@ class Work:
         self._pool.shutdown()
 
 
-def experiment(work: Work, num_seeds: int, plants: tuple[str, ...]) -> dict[str, Any]:
+def experiment(work: Work, num_seeds: int, plants: tuple[str, ...], variants: tuple[str, ...]) -> dict[str, Any]:
     """All tasks, and what they come to."""
     seeds = range(num_seeds)
     work.results(Task("base", seed) for seed in (SEARCH_SEED, *seeds))
-    searched = work.results(Task("search", SEARCH_SEED, SEARCH_PLANT, arm=arm) for arm in ARMS)
+    searched = work.results(
+        Task("search", SEARCH_SEED, SEARCH_PLANT, arm=arm) for arm in ARMS if arm != SAME_ON_UNIFORM
+    )
     searches = {task.arm: {float(rate): left for rate, left in found.items()} for task, found in searched.items()}
     rates = {arm: min(tried, key=tried.__getitem__) for arm, tried in searches.items()}
+    rates[SAME_ON_UNIFORM] = rates["uniform"]
     tries = work.results(
         Task("adalora", SEARCH_SEED, ADALORA_PLANT, number=number) for number in range(len(ADALORA_TRIES))
     )
     found = work.results(
-        (Task("plant", seed, plant, variant) for variant in VARIANTS for seed in seeds for plant in plants), rates
+        (Task("plant", seed, plant, variant) for variant in variants for seed in seeds for plant in plants), rates
     )
     return {
         "learning_rates": {"tried": searches, "chosen": rates},
@@ -223,16 +231,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--plants", nargs="+", choices=PLANTS, default=PLANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=(MAIN,))
     parser.add_argument("--work", type=Path, help="folder for what is done; a temporary one when left out")
     parser.add_argument("--out", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
-    sizes, began = Sizes(), time.perf_counter()
+    sizes = Sizes()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         work = Work(folder, sizes, NUM_PROCESSES)
         try:
-            found = experiment(work, arguments.seeds, tuple(arguments.plants))
+            found = experiment(work, arguments.seeds, tuple(arguments.plants), tuple(arguments.variants))
         finally:
             work.close()
     facts = {
@@ -240,7 +249,7 @@ def main() -> None:
         "plants": settings_of_plants(),
         "num_seeds": arguments.seeds,
         "budget": sizes.budget,
-        "seconds": {"wall": round(time.perf_counter() - began), "processor": round(work.cpu_seconds)},
+        "processor_seconds": round(work.cpu_seconds),
         "machine": {"system": platform.system(), "processor": platform.machine(), "processes": NUM_PROCESSES},
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         **found,

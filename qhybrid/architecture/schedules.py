@@ -85,7 +85,7 @@ def _wished(weights: Sequence[float], places: Sequence[Place], budget: int) -> l
     def cost(ranks: list[float]) -> float:
         return sum(rank * place.cost for rank, place in zip(ranks, places, strict=True))
 
-    low, high = 0.0, max(p.highest / w for w, p in zip(weights, places, strict=True) if w > 0)
+    low, high = 0.0, max((p.highest / w for w, p in zip(weights, places, strict=True) if w > 0), default=0.0)
     if cost(at(high)) <= budget:
         return at(high)
     while high - low > 1e-15 * high:

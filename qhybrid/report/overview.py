@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from qhybrid.recipe.tasks import FOLDER
 from qhybrid.report.page import Card, Folded, Note, Section
 from qhybrid.report.ranks import moments
-from qhybrid.recipe.tasks import FOLDER
 from qhybrid.report.run_facts import RunFacts, number
 from qhybrid.units import format_bytes, format_count, format_duration
 

@@ -231,6 +231,14 @@ def test_an_adapter_that_cannot_be_read_is_told(tmp_path):
     assert "The adapter cannot be read" in section(run_report(run), "spectra")
 
 
+def test_of_pissa_the_change_is_that_of_the_adapter_and_not_of_the_log(tmp_path):
+    """The log's s·B·A has the principal part of the weight in it."""
+    run = write_run(tmp_path / "run", layout=tiny_layout([{"rank": 4, "init": "pissa"}]))
+    assert "has in it the part of the weight" in section(run_report(run), "spectra")
+    write_samples(run)  # an adapter that cannot be read
+    assert "The adapter cannot be read" in section(run_report(run), "spectra")
+
+
 EVIL = "</title></script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 

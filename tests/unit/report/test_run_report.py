@@ -359,7 +359,7 @@ def test_what_happened_is_told(tmp_path):
     ]
     plan = plan_of(tiny_layout())
     plan["rank_caps"] = [{"band": "low", "asked": 16, "got": 4}, {"band": "mid", "asked": 3, "got": 3}]
-    plan["rank_caps"].append({"band": "budget", "asked": 2000, "got": 1500})
+    plan["rank_caps"].append({"band": "(budget)", "asked": 2000, "got": 1500})
     page = run_report(write_run(tmp_path / "run", status="failed", events=[*log, *spikes, *rest], plan=plan))
     text = PageText(page).text
     assert text.count("The loss leapt to") == 8 and "There were 30 leaps of the loss in all" in text

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class QhybridError(Exception):
     """Base of every error a user may see.
 
-    `message` says what happened, `where` names the place ("recipe.yaml:12"), `hint` says what to do.
+    `message` says what happened, `where` names the place ("recipe.yaml:12"), `hint` says what to do. `at` is the
+    place in a recipe whose file is not known yet, by keys and by names: ("adapters", "top", "rank").
     Exit code 2 means that the user's input was wrong; 1 means that a run failed.
     """
 
     exit_code = 2
     told_elsewhere: bool | None = None  # whether another process prints it; None where it is the only one
 
-    def __init__(self, message: str, *, hint: str | None = None, where: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, hint: str | None = None, where: str | None = None, at: tuple[str | int, ...] = ()
+    ) -> None:
         super().__init__(message)
+        self.at = at
         self.message = message
         self.hint = hint
         self.where = where
@@ -22,6 +29,16 @@ class QhybridError(Exception):
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message
         return f"{text}\nhint: {self.hint}" if self.hint else text
+
+
+@contextlib.contextmanager
+def found_at(*at: str | int) -> Iterator[None]:
+    """Say of every error in the block where in the recipe it is, before what it says itself of the place."""
+    try:
+        yield
+    except QhybridError as error:
+        error.at = (*at, *error.at)
+        raise
 
 
 class RecipeError(QhybridError):

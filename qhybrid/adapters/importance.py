@@ -7,10 +7,12 @@ and B, so that modules of different sizes are compared by what one more paramete
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from qhybrid.adapters.access import DIRECT, Access
 
 BETA = 0.85  # as AdaLoRA's
 
@@ -35,11 +37,11 @@ class ModuleImportance:
             gradient_scale: what the gradients were multiplied with (a loss scaler's factor). With one, gradients
                 that are not finite are left out: the scaler will skip the step.
         """
-        pairs = enumerate(self._modules.values())
-        trained = [(index, pair) for index, pair in pairs if all(w.grad is not None for w in pair)]
+        found = [(index, sensitivity(pair)) for index, pair in enumerate(self._modules.values())]
+        trained = [(index, value) for index, value in found if value is not None]
         if not trained:
             return
-        now = torch.stack([_mean_sensitivity(pair) for _, pair in trained]) / gradient_scale
+        now = torch.stack([value for _, value in trained]) / gradient_scale
         indices = torch.tensor([index for index, _ in trained], device=now.device)
         before = self._averages[indices]
         after = BETA * before + (1 - BETA) * now
@@ -57,6 +59,17 @@ class ModuleImportance:
         self._averages.copy_(torch.tensor(values, dtype=torch.float64))
 
 
-def _mean_sensitivity(pair: tuple[nn.Parameter, nn.Parameter]) -> Tensor:
-    total = sum((w.float() * w.grad.float()).abs().sum(dtype=torch.float64) for w in pair)
-    return total / sum(w.numel() for w in pair)
+def sensitivity(factors: Sequence[nn.Parameter], access: Access = DIRECT) -> Tensor | None:
+    """The mean of |w · grad| over all values of `factors`, in fp64; None where one has no gradient.
+
+    Args:
+        access: how values and gradients are reached.
+    """
+    gradients = [access.gradient(factor) for factor in factors]
+    total = size = 0
+    for factor, gradient in zip(factors, gradients, strict=True):
+        if gradient is None:
+            return None
+        total = total + (access.values(factor).float() * gradient.float()).abs().sum(dtype=torch.float64)
+        size += gradient.numel()
+    return total / size

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from qhybrid.architecture.layout import Layout
-from qhybrid.errors import RecipeError
+from qhybrid.errors import RecipeError, found_at
 from qhybrid.recipe.band import AdaLoraSection, BandSection
 
 _DEFAULT_ALLOCATIONS = 20  # in the decay, where the recipe gives no interval
@@ -84,14 +84,16 @@ def plan_schedules(bands: tuple[BandSection, ...], layout: Layout, total_steps: 
     Raises:
         RecipeError: as `BudgetSchedule.plan`.
     """
-    return {
-        band.band: BudgetSchedule.plan(
-            band.adalora_settings,
-            band=band.band,
-            total_steps=total_steps,
-            init_budget=sum(row.rank for row in layout.of_band(band.band)),
-            target_budget=sum(row.target_rank for row in layout.of_band(band.band)),
-        )
-        for band in bands
-        if band.kind == "adalora"
-    }
+    schedules = {}
+    for band in bands:
+        if band.kind != "adalora":
+            continue
+        with found_at("adapters", band.band, "adalora"):
+            schedules[band.band] = BudgetSchedule.plan(
+                band.adalora_settings,
+                band=band.band,
+                total_steps=total_steps,
+                init_budget=sum(row.rank for row in layout.of_band(band.band)),
+                target_budget=sum(row.target_rank for row in layout.of_band(band.band)),
+            )
+    return schedules

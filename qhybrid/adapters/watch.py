@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qhybrid.adapters.access import DIRECT, Access
 from qhybrid.adapters.attach import ADAPTER, adapted_modules
+from qhybrid.adapters.importance import sensitivity
 from qhybrid.adapters.spectrum import Spectrum, gram, singular_values
 from qhybrid.architecture.layout import Layout
 
@@ -61,19 +62,18 @@ def importance(
     """The mean of |w · ∂L/∂w| over the values of A and B (P and Q) of every module.
 
     That is AdaLoRA's sensitivity (arXiv 2303.10512, eq. 8), for whole modules of every kind: to first order, by
-    how much the loss would change if a value were zero.
+    how much the loss would change if a value were zero. Modules without a gradient, as frozen ones, are left out.
 
     Args:
         gradient_scale: what the gradients were multiplied with (a loss scaler's factor).
         access: how values and gradients are reached.
     """
-    means = []
-    for _, module in adapted_modules(model, layout):
-        sizes = total = 0
-        for factor in (module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight):
-            gradient = access.gradient(factor)
-            sizes += factor.numel()
-            if gradient is not None:
-                total = total + (access.values(factor).float() * gradient.float()).abs().sum()
-        means.append(torch.as_tensor(total / (sizes * gradient_scale)))
-    return dict(zip((row.module for row in layout), torch.stack(means).tolist(), strict=True))
+    found = {
+        row.module: sensitivity((module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight), access)
+        for row, module in adapted_modules(model, layout)
+    }
+    trained = {module: value for module, value in found.items() if value is not None}
+    if not trained:
+        return {}
+    means = torch.stack(list(trained.values())) / gradient_scale
+    return dict(zip(trained, means.tolist(), strict=True))

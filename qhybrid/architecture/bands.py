@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from qhybrid.architecture.layout import Layout, LayoutRow
 from qhybrid.architecture.schedules import Place, scheduled_ranks
 from qhybrid.architecture.spec import Linear, ModelSpec
-from qhybrid.errors import LayoutError
+from qhybrid.errors import LayoutError, found_at
 from qhybrid.recipe.band import BandSection
 from qhybrid.recipe.ranks import BudgetSection, ScheduleSection
 from qhybrid.recipe.schema import Recipe
@@ -38,7 +38,8 @@ def build_layout(recipe: Recipe, spec: ModelSpec) -> Layout:
     limits = recipe.schedule or recipe.ranks
     members = _members(recipe.adapters, spec)
     if schedule is not None and limits is not None:
-        ranks = _scheduled(schedule, limits, members, recipe.rank_budget)
+        with found_at("schedule" if recipe.schedule else "ranks"):
+            ranks = _scheduled(schedule, limits, members, recipe.rank_budget)
     else:
         ranks = _own_ranks(recipe.adapters, members)
     return Layout(tuple(_row(member, spec, rank, init) for member, rank in zip(members, ranks, strict=True)))
@@ -56,8 +57,10 @@ def _members(bands: Sequence[BandSection], spec: ModelSpec) -> list[_Member]:
     owner: dict[str, str] = {}
     members: list[_Member] = []
     for band in bands:
-        layers = parse_layers(band.layers, spec.num_layers, band.band)
-        linears = match_targets(band, spec)
+        with found_at("adapters", band.band, "layers"):
+            layers = parse_layers(band.layers, spec.num_layers, band.band)
+        with found_at("adapters", band.band, "target_modules"):
+            linears = match_targets(band, spec)
         for layer in layers:
             for linear in linears:
                 module = spec.module_name(layer, linear)
@@ -65,6 +68,7 @@ def _members(bands: Sequence[BandSection], spec: ModelSpec) -> list[_Member]:
                     raise LayoutError(
                         f"bands {owner[module]!r} and {band.band!r} both claim {module}",
                         hint="a module belongs to one band: make the layers or the target_modules disjoint",
+                        at=("adapters", band.band),
                     )
                 owner[module] = band.band
                 members.append(_Member(band, layer, linear))
@@ -93,7 +97,10 @@ class _Member:
             highest = min(highest, limits.max_rank)
         lowest = limits.min_rank or 1
         if lowest > highest:
-            raise LayoutError(f"min_rank {lowest} is above {highest}, the largest rank of {self.linear.target}")
+            raise LayoutError(
+                f"min_rank {lowest} is above {highest}, the largest rank of {self.linear.target}",
+                at=("min_rank",),
+            )
         return Place(self.layer, self.linear.target, self.cost, lowest, highest)
 
 
@@ -103,7 +110,8 @@ def _own_ranks(bands: Sequence[BandSection], members: list[_Member]) -> list[int
     for band in bands:
         if band.schedule is not None:
             own = [index for index, member in enumerate(members) if member.band is band]
-            found = _scheduled(band.schedule, band.schedule, [members[index] for index in own], None)
+            with found_at("adapters", band.band, "schedule"):
+                found = _scheduled(band.schedule, band.schedule, [members[index] for index in own], None)
             for index, rank in zip(own, found, strict=True):
                 ranks[index] = rank
     return ranks
@@ -223,6 +231,7 @@ def _row(member: _Member, spec: ModelSpec, target_rank: int, init: str | None) -
             f"band {band.band!r}: rank {rank} is above {largest}, the smaller side of {linear.target} "
             f"({linear.out_features} x {linear.in_features})",
             hint=f"choose a rank of at most {largest}",
+            at=("adapters", band.band, "rank"),
         )
     return LayoutRow(
         module=spec.module_name(layer, linear),

@@ -91,18 +91,21 @@ def check_growth(recipe: Recipe, layout: Layout) -> None:
             raise LayoutError(
                 f"stage {stage.name!r}: expand.top {expand.top} is more than the {len(rows)} modules of its bands",
                 hint="lower it, or leave it out for all of them",
+                at=("stages", stage.name, "expand", "top"),
             )
         least = least_cost(expand, layout)
         if least is None:
             raise LayoutError(
                 f"stage {stage.name!r}: expand.to {expand.to} has no effect: no module has a lower rank",
                 hint="raise expand.to, or lower the rank of the bands",
+                at=("stages", stage.name, "expand", "to"),
             )
         if expand.budget is not None and expand.budget < least:
             raise LayoutError(
                 f"stage {stage.name!r}: expand.budget {format_count(expand.budget)} is below "
                 f"{format_count(least)} parameters, the least that expanding one module takes",
                 hint="raise expand.budget, or expand by fewer ranks",
+                at=("stages", stage.name, "expand", "budget"),
             )
         ranks |= {row.module: _highest(stage, ranks[row.module]) for row in rows}
         too_narrow = [row for row in rows if ranks[row.module] > smaller_side(row)]
@@ -113,6 +116,7 @@ def check_growth(recipe: Recipe, layout: Layout) -> None:
                 f"stage {stage.name!r} may expand {row.target} of band {row.band!r} to rank "
                 f"{ranks[row.module]}; its smaller side is {side} ({row.out_features} x {row.in_features})",
                 hint=f"set expand.to to at most {side}",
+                at=("stages", stage.name, "expand"),
             )
 
 

@@ -45,6 +45,7 @@ def scheduled_ranks(schedule: ScheduleSection, places: Sequence[Place], budget: 
         raise LayoutError(
             f"schedule {schedule.name} runs over the depth, and there is a single layer",
             hint="use uniform, by_module or random, or a band of more layers",
+            at=("name",),
         )
     index = {layer: index for index, layer in enumerate(layers)}
     weights = [_weight(schedule, i, index[place.layer], len(layers), place) for i, place in enumerate(places)]
@@ -63,6 +64,7 @@ def spread(weights: Sequence[float], places: Sequence[Place], budget: int) -> li
         raise LayoutError(
             f"a budget of {budget:,} parameters is below what {needed} costs: {least:,} for {len(places)} modules",
             hint=f"give at least {least:,}, or adapt fewer modules",
+            at=("budget",),
         )
     wished = _wished(weights, places, budget)
     ranks = [math.floor(rank) for rank in wished]
@@ -85,7 +87,7 @@ def _wished(weights: Sequence[float], places: Sequence[Place], budget: int) -> l
     def cost(ranks: list[float]) -> float:
         return sum(rank * place.cost for rank, place in zip(ranks, places, strict=True))
 
-    low, high = 0.0, max(p.highest / w for w, p in zip(weights, places, strict=True) if w > 0)
+    low, high = 0.0, max((p.highest / w for w, p in zip(weights, places, strict=True) if w > 0), default=0.0)
     if cost(at(high)) <= budget:
         return at(high)
     while high - low > 1e-15 * high:
@@ -102,7 +104,9 @@ def _require_targets(schedule: ScheduleSection, places: Sequence[Place]) -> None
     for target in schedule.weights:
         if target not in known:
             raise LayoutError(
-                f"schedule by_module: {target!r} is not adapted", hint=f"adapted are {', '.join(known)}"
+                f"schedule by_module: {target!r} is not adapted",
+                hint=f"adapted are {', '.join(known)}",
+                at=("weights", target),
             )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +12,7 @@ import click
 if TYPE_CHECKING:
     from qhybrid.base.facts import ModelFacts
     from qhybrid.planner.plan import Budget, Plan
+    from qhybrid.recipe.load import LoadedRecipe
     from qhybrid.recipe.schema import Recipe
 
 _QUANTITIES = ("rank", "micro_batch", "max_length", "checkpointing")
@@ -72,7 +75,8 @@ def command(
             raise click.UsageError("--recommend needs --task and --rows")
     elif task is not None or rows is not None or tokens_per_row is not None:
         raise click.UsageError("--task, --rows and --tokens-per-row belong to --recommend")
-    loaded, notices = _load(recipe, overrides, model)
+    source = _load(recipe, overrides, model)
+    loaded = source.recipe
     facts = model_facts(loaded.model, config)
     chosen = device or ("cpu" if loaded.training.use_cpu else "cuda")
     budget = _budget(loaded, vram, gpu, context, chosen)
@@ -85,11 +89,12 @@ def command(
         raise click.UsageError("--solve and --simulate are for one adapter: leave the section tasks out")
     if simulate and not loaded.distributed.is_single:
         raise click.UsageError("--simulate runs one process without ZeRO: leave the section distributed out")
-    planned, result, found = (
-        _solve(quantity, loaded, facts, budget, chosen)
-        if quantity
-        else (*_plan(loaded, facts, budget, chosen), True)
-    )
+    with source.placing():
+        planned, result, found = (
+            _solve(quantity, loaded, facts, budget, chosen)
+            if quantity
+            else (*_plan(loaded, facts, budget, chosen), True)
+        )
     simulated = _simulate(planned, facts, chosen) if simulate else None
     if as_json:
         content = result.to_dict() | ({"simulated": simulated} if simulated else {})
@@ -97,15 +102,16 @@ def command(
             content["solved"] = plan_text.solved(quantity, planned) if found else None
         click.echo(json.dumps(content, indent=2))
     else:
-        for notice in notices:
+        for notice in source.notices:
             click.echo(f"note: {notice}")
         plan_text.show(planned, result, facts, simulated=simulated, quantity=quantity, asked=loaded)
     if result.fits is False:
         raise SystemExit(1)
 
 
-def _load(recipe: str | None, overrides: tuple[str, ...], model: str | None) -> tuple[Recipe, tuple[str, ...]]:
-    from qhybrid.recipe.load import load_recipe, parse_recipe, resolve
+def _load(recipe: str | None, overrides: tuple[str, ...], model: str | None) -> LoadedRecipe:
+    """The recipe with nothing left open."""
+    from qhybrid.recipe.load import LoadedRecipe, load_recipe, parse_recipe, resolve
 
     if (
         recipe is not None and "=" in recipe and model is not None
@@ -116,9 +122,9 @@ def _load(recipe: str | None, overrides: tuple[str, ...], model: str | None) -> 
         if model is None:
             raise click.UsageError("Name a recipe, or a model with --model.")
         parsed, notices = parse_recipe(_DEFAULT_RECIPE, "default", chosen)
-        return resolve(parsed), tuple(notices)
+        return LoadedRecipe(resolve(parsed), Path("default"), tuple(notices))
     loaded = load_recipe(recipe, chosen)
-    return resolve(loaded.recipe), loaded.notices
+    return replace(loaded, recipe=resolve(loaded.recipe))
 
 
 def _budget(recipe: Recipe, vram: str | None, gpu: str | None, context: str | None, device: str) -> Budget:

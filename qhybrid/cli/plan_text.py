@@ -10,7 +10,7 @@ from rich.text import Text
 
 from qhybrid.planner import constants
 from qhybrid.planner.advise import Change, overrides_between, ways_to_fit, ways_to_spend
-from qhybrid.planner.plan import BUDGET, Plan, make_plan
+from qhybrid.planner.plan import Plan, make_plan
 from qhybrid.planner.solve import asked_ranks, solve_rank
 from qhybrid.planner.tasks import lower_ranks, plan_tasks, task_overrides_between, ways_to_fit_tasks
 from qhybrid.planner.workload import checkpointed_layers, row_length
@@ -139,7 +139,10 @@ def _solved_lines(quantity: str, asked: Recipe, recipe: Recipe, plan: Plan) -> l
 def _caps(console: Console, plan: Plan) -> None:
     for cap in plan.caps:
         word = "as asked for" if cap.got == cap.asked else f"{cap.asked} was asked for"
-        what = f"{cap.got:,} parameters of rank" if cap.band == BUDGET else f"{cap.band}: rank {cap.got}"
+        what = f"{cap.band}: rank {cap.got}"
+        if cap.is_budget:
+            task = cap.band.rpartition(".")[0]
+            what = f"{task}{': ' if task else ''}{cap.got:,} parameters of rank"
         _say(console, [f"band      {what} ({word})"])
 
 

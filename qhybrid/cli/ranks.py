@@ -40,13 +40,13 @@ def sweep(recipe: str, overrides: tuple[str, ...], output: str, jobs: int | None
     loaded = load_recipe(recipe, overrides)
     for notice in loaded.notices:
         click.echo(f"note: {notice}")
-    if dry_run:
-        announce_arms(look_ahead(loaded, jobs=jobs, prepare=quiet_libraries))
-        return
-    console = Console()
-    results = run_sweep(
-        loaded, Path(output), jobs=jobs, console=console, prepare=quiet_libraries, announce=announce_arms
-    )
+    with loaded.placing():
+        if dry_run:
+            announce_arms(look_ahead(loaded, jobs=jobs, prepare=quiet_libraries))
+            return
+        results = run_sweep(
+            loaded, Path(output), jobs=jobs, console=Console(), prepare=quiet_libraries, announce=announce_arms
+        )
     show_results(results)
     click.echo(f"results  {Path(output) / 'results.json'}, results.md")
 

@@ -55,12 +55,16 @@ def show(recipe: str, overrides: tuple[str, ...], layout: bool, config: str | No
 
     spec = _spec(loaded.recipe.model, config)
     if not loaded.recipe.tasks:
-        built = build_layout(loaded.recipe, spec)
+        with loaded.placing():
+            built = build_layout(loaded.recipe, spec)
         click.echo(built.to_json() if as_json else built.to_text(), nl=not as_json)
         return
-    from qhybrid.recipe.tasks import adapter_recipes
+    from qhybrid.recipe.tasks import adapter_recipes, of_task
 
-    layouts = {name: build_layout(own, spec) for name, own in adapter_recipes(loaded.recipe).items()}
+    layouts = {}
+    for name, own in adapter_recipes(loaded.recipe).items():
+        with loaded.placing(), of_task(name):
+            layouts[name] = build_layout(own, spec)
     if as_json:
         click.echo(json.dumps({name: json.loads(layout.to_json()) for name, layout in layouts.items()}))
     else:

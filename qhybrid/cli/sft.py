@@ -43,17 +43,18 @@ def command(recipe: str, overrides: tuple[str, ...], resume: str | None, dry_run
     from qhybrid.training.processes import is_launched, place
 
     going_on = resume == "auto"
-    settled = settle(loaded, resume=going_on)
-    if dry_run:
-        _dry_run(settled)
-        return
-    if not is_launched():
-        preflight(settled, base_folder=loaded.folder, resume=going_on, overwrite=overwrite)
-        if settled.distributed.processes > 1:
-            from qhybrid.training.launch import launch
+    with loaded.placing():
+        settled = settle(loaded, resume=going_on)
+        if dry_run:
+            _dry_run(settled)
+            return
+        if not is_launched():
+            preflight(settled, base_folder=loaded.folder, resume=going_on, overwrite=overwrite)
+            if settled.distributed.processes > 1:
+                from qhybrid.training.launch import launch
 
-            flags = [*(["--resume", "auto"] if going_on else []), *(["--overwrite"] if overwrite else [])]
-            raise SystemExit(launch(["sft", *flags, "--", recipe, *overrides], settled.distributed.processes))
+                flags = [*(["--resume", "auto"] if going_on else []), *(["--overwrite"] if overwrite else [])]
+                raise SystemExit(launch(["sft", *flags, "--", recipe, *overrides], settled.distributed.processes))
     quiet_libraries()
     from rich.console import Console
     from rich.table import Table

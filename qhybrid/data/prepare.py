@@ -152,15 +152,22 @@ def prepare_held_out(
         DataError: as `prepare_data`.
     """
     template = resolve_chat_template(recipe, tokenizer, base_folder)
-    training = recipe.training.model_copy(update={"max_length": None})
-    encoder = RowEncoder(
-        tokenizer, training, chat_template=template, system_prompt=recipe.data.system_prompt, date=date
-    )
     chosen = recipe.data.eval_sources or recipe.data.sources
-    limit = recipe.data.max_dropped_fraction
-    sources = [_prepare_source(section, encoder, limit, base_folder) for section in chosen]
+
+    def prepared(training: TrainingSection) -> list[_Source]:
+        encoder = RowEncoder(
+            tokenizer, training, chat_template=template, system_prompt=recipe.data.system_prompt, date=date
+        )
+        limit = recipe.data.max_dropped_fraction
+        return [_prepare_source(section, encoder, limit, base_folder) for section in chosen]
+
+    sources = prepared(recipe.training.model_copy(update={"max_length": None}))
     if recipe.data.eval_sources:
         return [row for source in sources for row in source.rows]
+    # Rows that truncation leaves nothing of were not there to be chosen from.
+    for source, cut in zip(sources, prepared(recipe.training), strict=True):
+        numbers = {row.number for row in cut.rows}
+        source.rows[:] = [row for row in source.rows if row.number in numbers]
     return _choose_rows(sources, recipe.data, recipe.training.seed)[1]
 
 

@@ -28,7 +28,7 @@ class Budget:
     source: str = ""  # "--vram", "memory.vram", "RTX 4090"
 
 
-BUDGET = "budget"  # in the place of a band's name, where one budget is spread over all
+BUDGET = "(budget)"  # in the place of a band's name, which has no such signs, where one budget is spread over all
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,15 @@ class RankCap:
     got: int
 
     @property
+    def is_budget(self) -> bool:
+        """Whether it is of all bands, of the recipe or of a task."""
+        return self.band.rpartition(".")[2] == BUDGET
+
+    @property
     def told(self) -> str:
         """The change in words."""
-        task, _, band = self.band.rpartition(".")
-        if band == BUDGET:
+        if self.is_budget:
+            task = self.band.rpartition(".")[0]
             whose = f" of task {task}" if task else ""
             return f"the ranks{whose} get a budget of {self.got:,} parameters instead of {self.asked:,}"
         return f"band {self.band} gets rank {self.got} instead of {self.asked}"

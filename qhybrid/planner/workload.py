@@ -62,7 +62,9 @@ def checkpointed_layers(recipe: Recipe, num_layers: int) -> frozenset[int]:
             message = error.message.replace(f"band {word.strip()!r}: ", "")
             known = f"; or a band: {', '.join(bands)}"
             raise LayoutError(
-                f"memory.checkpoint_layers: {message}", hint=(error.hint or "layers") + known
+                f"memory.checkpoint_layers: {message}",
+                hint=(error.hint or "layers") + known,
+                at=("memory", "checkpoint_layers"),
             ) from None
     return frozenset(layers)
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from qhybrid.adapters.dora import dequantized_weight
 from qhybrid.architecture.layout import LayoutRow
 from qhybrid.data.tokenize import IGNORED_LABEL, EncodedRow
+from qhybrid.errors import NonFiniteError
 from qhybrid.evaluation.forward import batches, scored_logits
 from qhybrid.ranks.groups import in_groups
 from qhybrid.ranks.observe import tapped_gradients
@@ -60,6 +61,9 @@ def probe_gradients(
         memory: bytes of host memory for sums of gradients; one module is always taken.
         seed: of A.
         progress: told how many of how many forward and backward passes over the rows are done.
+
+    Raises:
+        NonFiniteError: a gradient is NaN or infinite.
     """
     by_name = {row.module: row for row in modules}
     sizes = {row.module: row.in_features * row.out_features * _FP32_BYTES for row in modules}
@@ -79,9 +83,15 @@ def probe_gradients(
         for name in group:
             gradient = sums.pop(name)
             weight = dequantized_weight(model.get_submodule(name)).to("cpu", torch.float32)
+            importance = float((weight * gradient).abs().mean(dtype=torch.float64))
+            if not math.isfinite(importance):
+                raise NonFiniteError(
+                    f"the gradient of {name} on the rows that decide the ranks is not finite",
+                    hint="try other rows (ranks.rows), or model.dtype float32",
+                )
             a = initial_a(by_name[name], largest[name], seed)
             probes[name] = Probe(
-                importance=float((weight * gradient).abs().mean(dtype=torch.float64)),
+                importance=importance,
                 norm=float(gradient.norm()),
                 a=a,
                 gradient_on_a=gradient @ a.T,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from qhybrid.errors import RecipeError
+from qhybrid.errors import QhybridError, RecipeError
 from qhybrid.recipe.aliases import (
     SECTIONS,
     as_sources,
@@ -21,7 +22,7 @@ from qhybrid.recipe.aliases import (
     translate,
 )
 from qhybrid.recipe.excerpt import excerpt, excerpt_list
-from qhybrid.recipe.problems import OVERRIDE, as_recipe_error
+from qhybrid.recipe.problems import OVERRIDE, Places, as_recipe_error
 from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.shipped import find_shipped, shipped_names
 from qhybrid.recipe.stages import resolved_stages
@@ -55,11 +56,23 @@ class LoadedRecipe:
     recipe: Recipe
     path: Path
     notices: tuple[str, ...] = ()
+    places: Places | None = None  # None for a recipe that is not as the file has it
 
     @property
     def folder(self) -> Path:
         """The folder of the recipe file; relative data paths may start there."""
         return self.path.parent
+
+    @contextlib.contextmanager
+    def placing(self) -> Iterator[None]:
+        """Give errors of the block that are at a place in the recipe its file and line."""
+        try:
+            yield
+        except QhybridError as error:
+            if error.at and self.places is not None:
+                place = self.places.where(_numbered(self.recipe, error.at))
+                error.where, error.at = place if error.where is None else f"{error.where}: {place}", ()
+            raise
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -85,12 +98,16 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise RecipeError("the file is not UTF-8 text", where=f"{name}:{line}") from None
-    recipe, notices = parse_recipe(text, name, overrides)
-    return LoadedRecipe(recipe, path, tuple(notices))
+    recipe, notices, places = _parse(text, name, overrides)
+    return LoadedRecipe(recipe, path, tuple(notices), places)
 
 
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
     """Validate the YAML `text`, called `name` in messages. Returns the recipe and notices."""
+    return _parse(text, name, overrides)[:2]
+
+
+def _parse(text: str, name: str, overrides: Sequence[str]) -> tuple[Recipe, list[str], Places]:
     source = parse_yaml(text, name)
     values, origins, notices = translate(source)
     unused = without_effect(values)
@@ -99,10 +116,29 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[R
         raise RecipeError(message, where=source.where(origins.get(unused, unused)), hint="remove it")
     overridden = [path for override in overrides for path in _apply_override(values, override, notices)]
     rename_inside(values, origins, notices, Source(OVERRIDE, values))
+    places = Places(source, origins, overridden, values)
     try:
-        return Recipe.model_validate(values), notices
+        return Recipe.model_validate(values), notices, places
     except ValidationError as error:
-        raise as_recipe_error(error, source, origins, overridden, values) from None
+        raise as_recipe_error(error, places) from None
+
+
+def _numbered(recipe: Recipe, at: KeyPath) -> KeyPath:
+    """A place in the recipe with numbers for the names of bands, stages and tasks, as far as it is there."""
+    here: Any = recipe
+    path: list[str | int] = []
+    for part in at:
+        if isinstance(here, tuple):
+            names = [getattr(item, "band", None) or getattr(item, "name", None) for item in here]
+            number = names.index(part) if part in names else part
+            if not isinstance(number, int):
+                break
+            path.append(number)
+            here = here[number]
+        else:
+            path.append(part)
+            here = getattr(here, str(part), None)
+    return tuple(path)
 
 
 def resolve(recipe: Recipe) -> Recipe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -23,20 +24,34 @@ _MAX_PROBLEMS = 20  # told at once
 _LONGEST_NAME = 100  # of a key that a similar one is looked for
 
 
-def as_recipe_error(
-    error: ValidationError,
-    source: Source,
-    origins: dict[KeyPath, KeyPath],
-    overridden: list[KeyPath],
-    values: dict[str, Any],
-) -> RecipeError:
-    """All problems in one message, each with its line and hint; a single problem keeps its hint apart.
+@dataclass(frozen=True)
+class Places:
+    """Where a recipe says what.
 
-    Args:
+    Attributes:
         origins: where the file says what was read under another name.
         overridden: the paths that the command line set.
         values: what was validated.
     """
+
+    source: Source
+    origins: dict[KeyPath, KeyPath]
+    overridden: list[KeyPath]
+    values: dict[str, Any]
+
+    def where(self, path: KeyPath) -> str:
+        """The file with the line, or the command line."""
+        path = told_at(self.values, path)
+        origin = _origin(path, self.origins)
+        from_override = any(
+            path[: len(start)] == start or (origin not in self.source.lines and start[: len(path)] == path)
+            for start in self.overridden
+        )
+        return OVERRIDE if from_override else self.source.where(origin)
+
+
+def as_recipe_error(error: ValidationError, places: Places) -> RecipeError:
+    """All problems in one message, each with its line and hint; a single problem keeps its hint apart."""
     problems = error.errors(include_url=False)
     found: list[tuple[str, str | None]] = []
     seen: set[KeyPath] = set()
@@ -45,7 +60,7 @@ def as_recipe_error(
             found.append((f"and {len(problems) - number:,} more problems", None))
             break
         inside = getattr((problem.get("ctx") or {}).get("error"), "path", ())  # of a check over several sections
-        path = told_at(values, _without_tags((*problem["loc"], *inside)))
+        path = told_at(places.values, _without_tags((*problem["loc"], *inside)))
         if path in seen:
             continue  # what another member of a union would have taken
         seen.add(path)
@@ -54,14 +69,8 @@ def as_recipe_error(
         ):
             continue  # a list looks empty when its items were refused
         message, hint = _describe(dict(problem), path)
-        origin = _origin(path, origins)
-        from_override = any(
-            path[: len(start)] == start or (origin not in source.lines and start[: len(path)] == path)
-            for start in overridden
-        )
-        where = OVERRIDE if from_override else source.where(origin)
         name = ".".join(map(excerpt_key, path))
-        found.append((f"{where}: {name + ': ' if name else ''}{message}", hint))
+        found.append((f"{places.where(path)}: {name + ': ' if name else ''}{message}", hint))
     if len(found) == 1:
         return RecipeError(found[0][0], hint=found[0][1])
     return RecipeError("\n".join(f"{line} ({hint})" if hint else line for line, hint in found))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_serializer, field_validator, model_validator
@@ -242,4 +241,4 @@ def arm_word(word: str) -> tuple[str, str]:
 
 def folder_name(rate: float, seed: int) -> str:
     """The folder of one run of an arm: "lr-0.0003-seed-1"."""
-    return re.sub(r"[^0-9A-Za-z.+-]", "", f"lr-{rate:g}-seed-{seed}")
+    return f"lr-{rate}-seed-{seed}"  # with all digits: rates that differ have folders that differ

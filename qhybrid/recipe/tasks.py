@@ -165,6 +165,8 @@ def of_task(name: str) -> Iterator[None]:
 def named(error: QhybridError, task: str) -> None:
     """Say which task an error is of, before what it says itself of the place."""
     error.where = f"task {task}" if error.where is None else f"task {task}: {error.where}"
+    if error.at:
+        error.at = (SHARED, *error.at[2:]) if task == SHARED else ("tasks", task, *error.at)
 
 
 def adapter_recipes(recipe: Recipe) -> dict[str, Recipe]:

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from qhybrid.recipe.tasks import FOLDER
 from qhybrid.report.page import Card, Folded, Note, Section
 from qhybrid.report.ranks import moments
-from qhybrid.report.run_facts import TASKS, RunFacts, number
+from qhybrid.report.run_facts import RunFacts, number
 from qhybrid.units import format_bytes, format_count, format_duration
 
 _BADGES = {
@@ -107,7 +108,7 @@ def notes(facts: RunFacts) -> list[Note]:
     elif facts.status == "running":
         found.append(Note("The run is going on; this is how far it was when the report was made.", "warning"))
     if facts.tasks:
-        folder = facts.run.folder / TASKS / facts.tasks[0]
+        folder = facts.run.folder / FOLDER / facts.tasks[0]
         names = ", ".join(facts.tasks)
         how = f"each has a report: `qhybrid report {folder}`"
         found.append(Note(f"The run trained an adapter for each of {names}; {how}."))
@@ -142,9 +143,8 @@ def _happenings(facts: RunFacts) -> Iterator[tuple[str, str]]:
         if told[kind] > _MOST_TOLD:
             yield f"There were {told[kind]} {words} in all.", "warning"
     for cap in facts.plan.rank_caps if facts.plan else []:
-        band, asked, got = (cap.get(name) for name in ("band", "asked", "got"))
-        if asked != got:
-            yield f"Band {band} got rank {got} instead of {asked}: more did not fit.", "plain"
+        if cap.asked != cap.got:
+            yield f"{cap.told[0].upper()}{cap.told[1:]}: more did not fit.", "plain"
 
 
 def _rows(record: dict[str, Any]) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from qhybrid.planner.plan import RankCap
+
 
 class Record(BaseModel):
     """Base of what is read: fields that are not known here are passed over, numbers may be written as text."""
@@ -108,7 +110,7 @@ class PlanFacts(Record):
     moments: dict[str, int]
     budget_bytes: int | None = None
     budget_source: str = ""
-    rank_caps: list[dict[str, str | int]] = []
+    rank_caps: list[RankCap] = []
     for_this_data: PlanFacts | None = None
 
     @property

@@ -17,6 +17,7 @@ from qhybrid.architecture.layout import Layout, first_fault
 from qhybrid.errors import QhybridError, RunFolderError
 from qhybrid.recipe.load import parse_recipe
 from qhybrid.recipe.schema import Recipe
+from qhybrid.recipe.tasks import FOLDER
 from qhybrid.report.records import (
     Allocation,
     AuditFacts,
@@ -30,7 +31,6 @@ from qhybrid.report.records import (
 from qhybrid.training.events import iterate_events
 from qhybrid.training.run import Run, is_alive
 
-TASKS = "tasks"  # the folder of the runs of the tasks, in the run of all of them
 _T = TypeVar("_T")
 
 
@@ -178,7 +178,7 @@ def read_run(folder: Path) -> RunFacts:
     """
     run = require_run(folder)
     status = run.status or {}
-    tasks = tuple(sorted(file.parent.name for file in folder.glob(f"{TASKS}/*/run.json")))
+    tasks = tuple(sorted(file.parent.name for file in folder.glob(f"{FOLDER}/*/run.json")))
     problems: list[str] = []
 
     def read(file: Path, parse: Callable[[str], _T]) -> _T | None:

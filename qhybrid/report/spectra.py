@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from qhybrid.recipe.band import PISSA
 from qhybrid.report.colours import CIVIDIS, NUM_SERIES
 from qhybrid.report.curves import legend_of
 from qhybrid.report.heat_map import Grid, Shades, heat_map
@@ -37,7 +38,7 @@ def measure(facts: RunFacts) -> Measured | None:
     """
     events, finished = facts.events, facts.run.adapter.is_dir()
     step = int(number(facts.figures.get("adapter_of_step"), events.last_step))
-    if finished and step in events.spectra:
+    if finished and step in events.spectra and not _has_principal_parts(facts):
         return Measured(events.spectra[step].modules, "of the finished adapter")
     if finished:
         from qhybrid.export.derive.inspect import inspect_adapter
@@ -51,6 +52,11 @@ def measure(facts: RunFacts) -> Measured | None:
     return None
 
 
+def _has_principal_parts(facts: RunFacts) -> bool:
+    """Whether s·B·A of some modules is not the change alone."""
+    return facts.layout is not None and any(row.init == PISSA for row in facts.layout)
+
+
 def spectra_section(facts: RunFacts, measured: Measured | None, problem: str | None = None) -> Section | None:
     """The section; None without a layout."""
     layout = facts.layout
@@ -61,6 +67,8 @@ def spectra_section(facts: RunFacts, measured: Measured | None, problem: str | N
         "What the adapters add to the weights: the norm says how much, the singular values in how many "
         "directions. A module that needs few of them for 99 % of its change would have done with a lower rank."
     )
+    if _has_principal_parts(facts):
+        lead += " What was measured while it trained has in it the part of the weight that PiSSA began with."
     grid = Grid.of(layout)
     spectra = {name: one for name, one in measured.modules.items() if name in grid.modules} if measured else {}
     if measured is None or not spectra:

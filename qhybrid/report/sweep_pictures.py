@@ -9,7 +9,8 @@ from qhybrid.report.comparison import Interval, Point, intervals, scatter
 from qhybrid.report.heat_map import Grid, Shades, name_of, small_map
 from qhybrid.report.line_chart import Line, draw_lines, values_of
 from qhybrid.report.page import Block, Figure, Gallery, Legend, Section
-from qhybrid.sweep.results import LOWER_IS_BETTER, ArmResult, Estimate, SweepResults
+from qhybrid.sweep.results import LOWER_IS_BETTER, ArmResult, SweepResults
+from qhybrid.sweep.text import difference_text, interval_text
 
 PLAIN, ACCENT, WORSE, BETTER = 7, 0, 1, 2  # colours: grey, blue, orange, green
 
@@ -27,20 +28,10 @@ def verdict(arm: ArmResult, metric: str) -> int:
     """The colour of what a difference to the control says: better, worse, or not clear."""
     one = arm.differences.get(metric)
     if one is None:
-        return ACCENT if metric in arm.metrics else PLAIN
-    if one.low <= 0 <= one.high:
+        return ACCENT if arm.is_control and metric in arm.metrics else PLAIN
+    if not one.is_clear:
         return PLAIN
     return BETTER if _is_better(metric, one.mean) else WORSE
-
-
-def interval_text(one: Estimate) -> str:
-    """A mean with the ends of its interval."""
-    return f"{one.mean:.4f} [{one.low:.4f}, {one.high:.4f}]"
-
-
-def difference_text(one: Estimate) -> str:
-    """A difference with its sign and the ends of its interval."""
-    return f"{one.mean:+.4f} [{one.low:+.4f}, {one.high:+.4f}]"
 
 
 def quality(results: SweepResults, arms: Sequence[ArmResult]) -> Section:

@@ -10,16 +10,15 @@ from qhybrid.report.page import Block, Card, Folded, Note, Page, Section, Table,
 from qhybrid.report.sweep_pictures import (
     BETTER,
     WORSE,
-    difference_text,
     front,
-    interval_text,
     learning_rates,
     metric_words,
     quality,
     rank_maps,
     verdict,
 )
-from qhybrid.sweep.results import LOWER_IS_BETTER, RESULTS, ArmResult, SweepResults, read_results
+from qhybrid.sweep.results import RESULTS, ArmResult, SweepResults, read_results
+from qhybrid.sweep.text import interval_text, marked_difference
 from qhybrid.units import format_bytes, format_count, format_duration
 
 
@@ -37,7 +36,7 @@ def sweep_report(folder: Path) -> str:
         SweepError: the sweep has not ended, or its results cannot be read.
     """
     results = read_results(folder)
-    arms = _ranked(results)
+    arms = results.best_first  # an arm's number is its place, from 1
     sections = [
         _result(results, arms),
         quality(results, arms),
@@ -57,16 +56,6 @@ def sweep_report(folder: Path) -> str:
             sections=[section for section in sections if section is not None],
         )
     )
-
-
-def _ranked(results: SweepResults) -> list[ArmResult]:
-    """The best first by the first metric, then those without figures; an arm's number is its place, from 1."""
-    first = results.metrics[0]
-    sign = 1 if first in LOWER_IS_BETTER else -1
-    finished = sorted(
-        (arm for arm in results.arms if first in arm.metrics), key=lambda a: sign * a.metrics[first].mean
-    )
-    return [*finished, *(arm for arm in results.arms if first not in arm.metrics)]
 
 
 def _lead(results: SweepResults) -> str:
@@ -132,10 +121,9 @@ def _cells(arm: ArmResult, results: SweepResults) -> list[str]:
     rate = "–" if arm.best_learning_rate is None else f"{arm.best_learning_rate:g}" + " !" * arm.is_best_at_edge
     cells = [name, rate]
     for metric in results.metrics:
-        one, difference = arm.metrics.get(metric), arm.differences.get(metric)
+        one = arm.metrics.get(metric)
         cells.append(arm.status if one is None else interval_text(one))
-        clear = " ●" if verdict(arm, metric) in (BETTER, WORSE) else ""
-        cells.append("" if difference is None else difference_text(difference) + clear)
+        cells.append(marked_difference(arm.differences.get(metric)))
     cells.append("" if arm.seconds is None else format_duration(arm.seconds))
     cells.append("" if arm.peak_bytes is None else format_bytes(arm.peak_bytes))
     return [*cells, "*" if arm.is_on_front else ""]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
-from qhybrid.errors import LayoutError, QhybridError, SweepError
+from qhybrid.errors import QhybridError, SweepError
 from qhybrid.recipe.band import BandSection
 from qhybrid.recipe.schema import Recipe
 from qhybrid.recipe.sweep import DATA_MAPS, RECIPE_ARM, ArmSection, SweepSection, arm_word
@@ -88,6 +88,7 @@ def build_arms(recipe: Recipe, spec: ModelSpec) -> tuple[Arm, ...]:
 
 def _build(arm: ArmSection, sweep: SweepSection, recipe: Recipe, spec: ModelSpec, parameters: int) -> Arm:
     name = arm.name or ""
+    at = ("sweep", "arms", next(i for i, given in enumerate(sweep.arms) if arm in given.members))
     try:
         sections, description = _sections(arm, sweep, recipe, spec)
         if arm.training is not None:
@@ -98,11 +99,12 @@ def _build(arm: ArmSection, sweep: SweepSection, recipe: Recipe, spec: ModelSpec
         fault = error.errors(include_url=False)[0]
         place = ".".join(map(str, fault["loc"]))
         message = fault["msg"].removeprefix("Value error, ")
-        raise SweepError(f"the arm {name}: {f'{place}: ' if place else ''}{message}") from None
-    except (LayoutError, QhybridError) as error:
-        if isinstance(error, SweepError):
-            raise
-        raise SweepError(f"the arm {name}: {error.message}", hint=error.hint) from None
+        raise SweepError(f"the arm {name}: {f'{place}: ' if place else ''}{message}", at=at) from None
+    except SweepError as error:
+        error.at = at
+        raise
+    except QhybridError as error:
+        raise SweepError(f"the arm {name}: {error.message}", hint=error.hint, at=at) from None
     drawn = arm.arm is not None and arm_word(arm.arm)[1] == "random"
     return Arm(
         name=name,

@@ -107,8 +107,11 @@ def _at_the_end(run: Run, live: dict[str, int]) -> Layout:
 
 
 def _seconds_of_ranking(events: Path) -> float:
-    begun, ended = _logged(events, "ranks_pass", None), _logged(events, "ranks", None)
-    return ended[-1]["time"] - begun[0]["time"] if begun and ended else 0.0
+    ended = _logged(events, "ranks", None)
+    if not ended:
+        return 0.0
+    begun = [one["time"] for one in _logged(events, "ranks_pass", None) if one["number"] == 1]
+    return ended[-1]["time"] - max(time for time in begun if time <= ended[-1]["time"])  # not one that was cut off
 
 
 def _logged(events: Path, event: str, until: int | None) -> list[dict[str, Any]]:

@@ -39,7 +39,6 @@ class Ended:
 
     name: str
     exit_code: int  # -n: signal n
-    was_stopped: bool  # by `stop`
 
 
 def context(preload: str) -> BaseContext:
@@ -108,8 +107,6 @@ class Pool:
     def __init__(self, how: BaseContext, at_once: int, free_bytes: int) -> None:
         self._how, self._at_once, self._free = how, at_once, free_bytes
         self._running: dict[str, tuple[Job, Any]] = {}
-        self._stopped: set[str] = set()
-        self.most_at_once = 0
 
     def run(
         self,
@@ -134,22 +131,19 @@ class Pool:
                     process = self._how.Process(target=job.target, args=job.arguments(), name=job.name)
                     process.start()
                     self._running[job.name] = (job, process)
-                    self.most_at_once = max(self.most_at_once, len(self._running))
                 wait([process.sentinel for _, process in self._running.values()], timeout=_POLL_SECONDS)
                 for name, (_, process) in list(self._running.items()):
                     if not process.is_alive():
                         process.join()
                         del self._running[name]
-                        ended(Ended(name, process.exitcode or 0, name in self._stopped))
+                        ended(Ended(name, process.exitcode or 0))
                 watch(tuple(self._running))
         finally:
             self.leave()
 
     def stop(self, name: str) -> None:
         """End one job as SIGTERM does; `ended` is told as ever."""
-        if name in self._running and name not in self._stopped:
-            self._stopped.add(name)
-            self._running[name][1].terminate()
+        self._running[name][1].terminate()
 
     def leave(self) -> None:
         """Let all that runs save and end."""

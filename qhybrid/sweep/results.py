@@ -32,6 +32,11 @@ class Estimate:
     low: float
     high: float
 
+    @property
+    def is_clear(self) -> bool:
+        """Of a difference: whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -51,7 +56,7 @@ class RunResult:
     metrics: dict[str, float]  # on the held-out rows; empty unless finished
     seconds: float  # of the optimizer steps, and of finding ranks from data before them
     other_seconds: float  # of the process beside them: start, loading, evaluation, saving
-    peak_bytes: int | None  # of the process in training, or of the GPU's memory; None where it took no step
+    peak_bytes: int | None  # of the process in training, or of the GPU's memory; None unless finished
     note: str = ""  # why it was pruned, or what diverged
 
 
@@ -85,7 +90,7 @@ class ArmResult:
     is_best_at_edge: bool  # no rate was tried beyond it, so it may not be the best
     seeds: tuple[int, ...]  # that finished at the best rate
     metrics: dict[str, Estimate]
-    differences: dict[str, Estimate]  # to the control, in pairs of one seed and one row; empty for the control
+    differences: dict[str, Estimate]  # to the control, in pairs of one seed and one row; where there are any
     seconds: float | None  # as in `RunResult`, the mean
     peak_bytes: int | None  # the largest of its runs
     is_on_front: bool  # no other arm is at least as good in quality, memory and time, and better in one
@@ -118,6 +123,15 @@ class SweepResults:
     def arm(self, name: str) -> ArmResult:
         """The arm of that name."""
         return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def best_first(self) -> tuple[ArmResult, ...]:
+        """The arms by the first metric; those without figures come last."""
+        first = self.metrics[0]
+        sign = 1 if first in LOWER_IS_BETTER else -1
+        measured = [arm for arm in self.arms if first in arm.metrics]
+        gone = [arm for arm in self.arms if first not in arm.metrics]
+        return (*sorted(measured, key=lambda arm: sign * arm.metrics[first].mean), *gone)
 
     def runs_of(self, arm: str) -> tuple[RunResult, ...]:
         """All runs of an arm."""

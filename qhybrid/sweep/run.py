@@ -161,7 +161,7 @@ class _Runs:
         def arguments() -> tuple:
             began = self._began[key.name] = time.time()
             recipe = self._setup.arm(key.arm).recipe(key.learning_rate, key.seed, str(folder / RUN))
-            loaded = replace(self._setup.loaded, recipe=recipe)
+            loaded = replace(self._setup.loaded, recipe=recipe, places=None)
             started, measure = self._setup.started, self._setup.sweep.measure
             return Order(folder, loaded, measure, started.date, started.threads, began), self._prepare
 

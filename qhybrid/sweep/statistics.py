@@ -53,7 +53,10 @@ def f1_features(expected: Sequence[int], predicted: Sequence[int], label: int) -
 
 @dataclass(frozen=True)
 class Compared:
-    """An arm's own figure, and what it has more than the control has; None for the control itself."""
+    """An arm's own figure, and what it has more than the control has.
+
+    None for the control itself, and for an arm that has no seed in common with it.
+    """
 
     own: Estimate
     difference: Estimate | None
@@ -101,7 +104,8 @@ def compare(
     counts = np.vstack([np.ones(len(seeds)), seed_counts])
     found = {}
     for name in arms:
-        difference = None if name == control else _estimate(values[name] - values[control], counts)
+        is_paired = name != control and not arms[name].keys().isdisjoint(arms[control])
+        difference = _estimate(values[name] - values[control], counts) if is_paired else None
         found[name] = Compared(_estimate(values[name], counts), difference)
     return found
 

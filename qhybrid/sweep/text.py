@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from qhybrid.sweep.results import LOWER_IS_BETTER, ArmResult, Estimate, SweepResults
+from qhybrid.sweep.results import ArmResult, Estimate, SweepResults
 from qhybrid.units import format_bytes, format_count, format_duration
 
 
 def table(results: SweepResults) -> tuple[list[str], list[list[str]]]:
     """Header and rows, one for each arm, the best first; arms without figures come last."""
-    first = results.metrics[0]
     header = ["arm", "parameters", "rank", "rate"]
     for name in results.metrics:
         header += [name.replace("_", " "), "to the control"]
     header += ["time", "memory", "front"]
-    sign = 1 if first in LOWER_IS_BETTER else -1
-    finished = [arm for arm in results.arms if arm.metrics]
-    finished.sort(key=lambda arm: sign * arm.metrics[first].mean)
-    gone = [arm for arm in results.arms if not arm.metrics]
-    return header, [_row(arm, results) for arm in (*finished, *gone)]
+    return header, [_row(arm, results) for arm in results.best_first]
 
 
 def _row(arm: ArmResult, results: SweepResults) -> list[str]:
@@ -32,21 +27,27 @@ def _row(arm: ArmResult, results: SweepResults) -> list[str]:
         if name not in arm.metrics:
             row += [arm.status, ""]
             continue
-        difference = arm.differences.get(name)
-        row += [_interval(arm.metrics[name]), "control" if difference is None else _difference(difference)]
+        beside = "control" if arm.is_control else marked_difference(arm.differences.get(name))
+        row += [interval_text(arm.metrics[name]), beside]
     row.append("" if arm.seconds is None else format_duration(arm.seconds))
     row.append("" if arm.peak_bytes is None else format_bytes(arm.peak_bytes))
     row.append("*" if arm.is_on_front else "")
     return row
 
 
-def _interval(one: Estimate) -> str:
+def interval_text(one: Estimate) -> str:
+    """A mean with the ends of its interval."""
     return f"{one.mean:.4f} [{one.low:.4f}, {one.high:.4f}]"
 
 
-def _difference(one: Estimate) -> str:
-    clear = " ●" if one.low > 0 or one.high < 0 else ""
-    return f"{one.mean:+.4f} [{one.low:+.4f}, {one.high:+.4f}]{clear}"
+def difference_text(one: Estimate) -> str:
+    """A difference with its sign and the ends of its interval."""
+    return f"{one.mean:+.4f} [{one.low:+.4f}, {one.high:+.4f}]"
+
+
+def marked_difference(one: Estimate | None) -> str:
+    """The same, with ● where it is clear of 0; nothing where there is none."""
+    return "" if one is None else difference_text(one) + " ●" * one.is_clear
 
 
 def legend(results: SweepResults) -> str:

@@ -29,7 +29,7 @@ from qhybrid.base.locate import model_folder
 from qhybrid.base.tokenizer import load_tokenizer
 from qhybrid.data.prepare import prepare_data, prepare_held_out
 from qhybrid.data.tokenize import EncodedRow
-from qhybrid.errors import NonFiniteError, QhybridError
+from qhybrid.errors import NonFiniteError, QhybridError, TrainingError
 from qhybrid.evaluation.answers import require_answers
 from qhybrid.evaluation.evaluate import Scores, evaluate
 from qhybrid.evaluation.labels import label_rows
@@ -73,6 +73,8 @@ def probe(
         answer.send(Probe(spec, hardware, free, data.longest, fingerprint, len(rows)))
     except QhybridError as error:
         answer.send(error)
+    except Exception as error:  # what this process prints goes nowhere
+        answer.send(TrainingError(f"looking at model and data failed:\n{redacted_traceback(error)}"))
 
 
 def work(order: Order, prepare: Callable[[], None]) -> None:

@@ -192,6 +192,7 @@ _MAY_DIFFER = (
     "training.gradient_checkpointing", "training.per_device_eval_batch_size", "memory.vram",
     "memory.on_exceed", "memory.checkpoint_layers", "training.activation_checkpointing", "distributed.offload",
     "distributed.zero_stage", "monitoring", "sweep",
+    "output_dir",  # it is where the run was found, by whatever path
 )  # fmt: skip
 # They may differ as long as an optimizer step takes as many rows: the same ones then.
 _SPLIT = (

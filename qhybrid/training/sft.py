@@ -83,7 +83,7 @@ def run_sft(
     console = (console or Console()) if here.is_main else Console(quiet=True)
     notify = functools.partial(console.print, highlight=False, soft_wrap=True)
     try:
-        with stop_signals(notify) as signals:
+        with loaded.placing(), stop_signals(notify) as signals:
             run = train_tasks if recipe.tasks else _run
             result = run(loaded, recipe, signals, resume=resume, overwrite=overwrite, console=console, today=date)
     except QhybridError as error:

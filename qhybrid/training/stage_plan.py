@@ -24,18 +24,20 @@ def check_stage_plan(recipe: Recipe, layout: Layout) -> None:
     try:
         check_stages(recipe)  # once more: a launcher may have set the number of processes
     except StageError as error:
-        raise RecipeError(str(error), hint=error.hint) from None
+        raise RecipeError(str(error), hint=error.hint, at=error.path) from None
     optim = recipe.training.optim
     if any(stage.expand for stage in recipe.stages) and optim not in GROWING:
         raise RecipeError(
             f"training.optim {optim} cannot go on when a matrix grows: its states have not the parameter's shape",
             hint=f"use {', '.join(GROWING)}; or let the stages only freeze",
+            at=("training", "optim"),
         )
     if optim.startswith("schedule_free") or not rule_of(optim).known:
         raise RecipeError(
             f"training.optim {optim} moves parameters that have no gradient, or consumes gradients as they come: "
             "a frozen band would not stand still",
             hint=f"use for example {GROWING[0]}",
+            at=("training", "optim"),
         )
     check_growth(recipe, layout)
 
@@ -51,7 +53,7 @@ def stage_steps(recipe: Recipe, layout: Layout, total_steps: int) -> tuple[int |
     try:
         steps = begin_steps(recipe.stages, total_steps)
     except StageError as error:
-        raise RecipeError(str(error), hint=error.hint) from None
+        raise RecipeError(str(error), hint=error.hint, at=error.path) from None
     _check_allocations(recipe, steps, plan_schedules(recipe.adapters, layout, total_steps))
     return steps
 
@@ -69,4 +71,5 @@ def _check_allocations(
                     f"stage {stage.name!r} freezes band {band!r} after step {step}, and its last allocation is "
                     f"after step {schedule.last_allocation}: its ranks would stay above the target",
                     hint="freeze it later, or raise its adalora.final",
+                    at=("stages", stage.name, "freeze"),
                 )

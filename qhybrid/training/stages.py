@@ -17,7 +17,7 @@ from peft import PeftModel
 from qhybrid.adapters.attach import ADAPTER, adapted_modules
 from qhybrid.adapters.expand import expand
 from qhybrid.adapters.importance import ModuleImportance
-from qhybrid.adapters.spectrum import factor
+from qhybrid.adapters.watch import spectra
 from qhybrid.architecture.growth import candidates, rank_cost
 from qhybrid.architecture.layout import Layout, LayoutRow
 from qhybrid.recipe.schema import Recipe
@@ -230,10 +230,13 @@ class Stages:
 
 def used_ranks(model: PeftModel, layout: Layout, settings: SpectrumSection) -> dict[str, float]:
     """The share of its rank that each module of `layout` uses, from the singular values of s·B·A; from 0 to 1."""
-    shares = {}
-    for row, module in adapted_modules(model, layout):
-        a, b = (part[ADAPTER].weight.detach() for part in (module.lora_A, module.lora_B))
-        spectrum = factor(b, a, row.scaling)
-        used = spectrum.energy_rank(_ENERGY) if settings.measure == "energy" else spectrum.effective_rank
-        shares[row.module] = used / row.rank
-    return shares
+    found = spectra(model, layout)
+    return {
+        row.module: (
+            found[row.module].energy_rank(_ENERGY)
+            if settings.measure == "energy"
+            else found[row.module].effective_rank
+        )
+        / row.rank
+        for row in layout
+    }

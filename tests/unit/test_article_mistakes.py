@@ -1,8 +1,8 @@
 """Mistakes that circulate in articles about these methods: the harm each does, and that it is not made here.
 
 Others have their tests beside what they are about: `tfinal` as an end step (adapters/test_allocator_reference.py),
-three wrappers on one base (test_tasks.py), alpha kept on expansion (adapters/test_expand.py), PiSSA the wrong way
-round (adapters/test_pissa.py), a projection from both sides (adapters/test_precondition.py).
+three wrappers on one base (integration/test_share.py), alpha kept on expansion (adapters/test_expand.py), PiSSA
+the wrong way round (adapters/test_pissa.py), a projection from both sides (adapters/test_preconditioner.py).
 """
 
 from __future__ import annotations

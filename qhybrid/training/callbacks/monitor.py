@@ -51,7 +51,8 @@ class Monitor(TrainerCallback):
             return  # the loss scaler will skip this step, or the run will end with it
         # What is written is what is averaged on: a resumed run reads it.
         before = {**found, **self._average}
-        self._average = _rounded({name: new + _KEPT * (before[name] - new) for name, new in found.items()})
+        now = {name: new + _KEPT * (before[name] - new) for name, new in found.items()}
+        self._average = {**self._average, **_rounded(now)}  # what is frozen keeps its own
         self._events.write("importance", step=step, modules=self._average)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

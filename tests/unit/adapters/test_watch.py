@@ -88,4 +88,12 @@ def test_importance_is_the_mean_of_value_times_gradient():
 
 
 def test_what_has_no_gradient_has_no_importance():
-    assert set(importance(random_model(torch.float32), LAYOUT).values()) == {0.0}
+    model = random_model(torch.float32)
+    assert importance(model, LAYOUT) == {}
+    frozen = {row.module for row in LAYOUT.of_band("lora")}
+    for row, module in adapted_modules(model, LAYOUT):
+        module.lora_A[ADAPTER].weight.requires_grad_(row.module not in frozen)
+        module.lora_B[ADAPTER].weight.requires_grad_(row.module not in frozen)
+    ids = (torch.arange(60) * 7 % 128).view(3, 20)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert importance(model, LAYOUT).keys() == {row.module for row in LAYOUT} - frozen

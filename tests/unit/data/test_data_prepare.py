@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from trl import pack_dataset
 
+from qhybrid.data.prepare import prepare_held_out
 from qhybrid.errors import DataError
 
 
@@ -113,3 +114,19 @@ def test_packing_that_splits_gets_whole_texts(prepare, write_jsonl, strategy):
     packed = pack_dataset(prepared.train, 32, strategy)
     assert sum(map(len, packed["input_ids"])) == tokens
     assert prepare(rows, max_length=32, packing=True).audit.train[0].tokens == 3 * 32
+
+
+def test_rows_held_out_are_the_same_whole(make_recipe, prepare, tokenizer, write_jsonl, tmp_path):
+    """Rows that truncation leaves nothing of are no rows in training, so they must not move the choice."""
+    rows = [
+        {"prompt": "the question " * (30 if i % 4 == 0 else 1), "completion": f"answer number {i} " * 20}
+        for i in range(40)
+    ]
+    data = {"sources": write_jsonl(rows), "eval_fraction": 0.25, "max_dropped_fraction": 1.0}
+    prepared = prepare(data, max_length=24)
+    assert prepared.audit.train[0].dropped == 10
+    whole = prepare_held_out(make_recipe(data, max_length=24), tokenizer, base_folder=tmp_path)
+    assert len(whole) == len(prepared.eval) and {len(row.input_ids) > 24 for row in whole} == {True}
+    for row, cut in zip(whole, prepared.eval, strict=True):
+        assert row.input_ids[:24].tolist() == cut["input_ids"]
+    assert {row.number for row in whole}.isdisjoint(number for _, number in prepared.origins)

@@ -10,7 +10,7 @@ from helpers import TINY, run_cli
 
 from qhybrid.architecture.catalog import find_model
 from qhybrid.architecture.spec import spec_from_config
-from qhybrid.planner.plan import Budget, make_plan
+from qhybrid.planner.plan import Budget, RankCap, make_plan
 from qhybrid.planner.solve import with_ranks
 from qhybrid.planner.tasks import (
     lower_ranks,
@@ -189,3 +189,13 @@ def test_the_plan_command(tmp_path):
         assert refused.returncode == 2 and "tasks" in refused.stderr
     many = run_cli("plan", file, "tasks.para.adapters.all.layers=40")
     assert many.returncode == 2 and "40" in many.stderr
+
+
+def test_caps_in_words():
+    """A band may be called budget, and is none."""
+    told = {RankCap(name, 16, 4).told for name in ("budget", "sql.budget", "sql.(budget)")}
+    assert told == {
+        "band budget gets rank 4 instead of 16",
+        "band sql.budget gets rank 4 instead of 16",
+        "the ranks of task sql get a budget of 4 parameters instead of 16",
+    }

@@ -16,6 +16,7 @@ from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.spec import spec_from_config
 from qhybrid.base.load import keep_exact_on_cpu
 from qhybrid.data.tokenize import EncodedRow
+from qhybrid.errors import NonFiniteError
 from qhybrid.ranks import gora
 from qhybrid.ranks.groups import in_groups
 
@@ -125,6 +126,17 @@ def test_wishes_are_importance_over_the_root_of_the_size():
     probes = {row.module: gora.Probe(float(row.layer + 1), 1.0, one, one) for row in layout}
     found = gora.wishes(probes, layout.rows)
     assert found == [(row.layer + 1) / math.sqrt(row.in_features + row.out_features) for row in layout]
+
+
+def test_gradients_that_are_not_finite_are_refused(rows):
+    model, layout = tiny_model().requires_grad_(False), layout_of()
+    largest = {row.module: 4 for row in layout}
+    with pytest.raises(NonFiniteError, match=r"gradient of model\.layers\.0\..* is not finite"):
+        gora.probe_gradients(
+            model,
+            lambda: (loss * math.nan for loss in gora.token_losses(model, rows, 2)),
+            layout.rows, largest, memory=2**30, seed=0,
+        )  # fmt: skip
 
 
 def test_groups():

@@ -109,5 +109,5 @@ def test_sections_must_agree(old, words):
 
 
 def test_folders_of_runs_differ():
-    names = {folder_name(rate, seed) for rate in (1e-4, 1.5e-4, 0.1, 3.0) for seed in (0, 10)}
+    names = {folder_name(rate, seed) for rate in (1e-4, 1.5e-4, 1.5000001e-4, 0.1) for seed in (0, 10)}
     assert len(names) == 8 and "lr-0.00015-seed-10" in names

@@ -231,6 +231,14 @@ def test_an_adapter_that_cannot_be_read_is_told(tmp_path):
     assert "The adapter cannot be read" in section(run_report(run), "spectra")
 
 
+def test_of_pissa_the_change_is_that_of_the_adapter_and_not_of_the_log(tmp_path):
+    """The log's s·B·A has the principal part of the weight in it."""
+    run = write_run(tmp_path / "run", layout=tiny_layout([{"rank": 4, "init": "pissa"}]))
+    assert "has in it the part of the weight" in section(run_report(run), "spectra")
+    write_samples(run)  # an adapter that cannot be read
+    assert "The adapter cannot be read" in section(run_report(run), "spectra")
+
+
 EVIL = "</title></script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
@@ -253,7 +261,7 @@ def test_a_hostile_run(tmp_path):
     ]
     plan = plan_of(tiny_layout())
     plan["for_this_data"] |= {"components": {EVIL: 5}, "moments": {EVIL: 3}, "peak_moment": EVIL}
-    plan["rank_caps"] = [{"band": EVIL, "asked": EVIL, "got": 1}]
+    plan["rank_caps"] = [{"band": EVIL, "asked": 2, "got": 1}]
     run = write_run(
         tmp_path / "<b>run<&>",
         layout=json.dumps(layout),
@@ -351,6 +359,7 @@ def test_what_happened_is_told(tmp_path):
     ]
     plan = plan_of(tiny_layout())
     plan["rank_caps"] = [{"band": "low", "asked": 16, "got": 4}, {"band": "mid", "asked": 3, "got": 3}]
+    plan["rank_caps"].append({"band": "(budget)", "asked": 2000, "got": 1500})
     page = run_report(write_run(tmp_path / "run", status="failed", events=[*log, *spikes, *rest], plan=plan))
     text = PageText(page).text
     assert text.count("The loss leapt to") == 8 and "There were 30 leaps of the loss in all" in text
@@ -359,7 +368,8 @@ def test_what_happened_is_told(tmp_path):
     assert "Memory ran out at step 6; from then on 4 rows were taken at a time." in text
     assert "The run was interrupted: SIGINT" in text and "resumed after step 20" in text
     assert "The run failed: TrainingError: the disk is full" in text
-    assert "Band low got rank 4 instead of 16" in text and "Band mid got" not in text
+    assert "Band low gets rank 4 instead of 16" in text and "Band mid" not in text
+    assert "The ranks get a budget of 1,500 parameters instead of 2,000" in text
 
 
 def test_a_long_run_of_a_large_model_stays_small(tmp_path):

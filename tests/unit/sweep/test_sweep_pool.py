@@ -73,12 +73,12 @@ def test_jobs_are_a_limit_too():
     assert max(map(len, together)) == 2
 
 
-def test_a_run_that_is_stopped_ends_by_sigterm_and_says_so():
+def test_a_run_that_is_stopped_ends_by_sigterm():
     pool = Pool(multiprocessing.get_context("fork"), 1, 10)
     _, ended = run_all(
         pool, {"a": 1}, seconds=30, watch=lambda names: [pool.stop(name) for name in names] and None
     )
-    assert ended == [Ended("a", -signal.SIGTERM, was_stopped=True)]
+    assert ended == [Ended("a", -signal.SIGTERM)]
 
 
 def test_an_error_leaves_no_process_behind():

@@ -70,6 +70,12 @@ def test_a_seed_that_is_missing_is_missing_in_the_pairs_too():
     assert found.difference is not None and found.difference.mean == pytest.approx(1)
 
 
+def test_an_arm_without_a_seed_of_the_controls_is_not_compared():
+    arms = {"c": {0: losses(np.arange(10.0))}, "a": {1: losses(np.arange(10.0) + 1)}}
+    found = compare(RATIO, arms, "c", resamples=200)["a"]
+    assert found.own.mean == pytest.approx(5.5) and found.difference is None
+
+
 def test_equal_inputs_give_equal_intervals():
     rows = {"c": {0: losses(np.random.default_rng(3).normal(size=40))}}
     assert compare(RATIO, rows, "c") == compare(RATIO, rows, "c")

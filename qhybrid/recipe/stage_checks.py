@@ -75,6 +75,12 @@ def check_stages(recipe: Recipe) -> None:
                 f"stage {stage.name!r} waits for a plateau of eval_loss, and nothing is evaluated",
                 number, "when", hint="set training.eval_strategy, or plateau.metric: train_loss",
             )  # fmt: skip
+        if stage.expand and recipe.ranks:
+            raise StageError(
+                f"stage {stage.name!r} expands ranks that {recipe.ranks.method} chooses from data: no plan "
+                "knows how large they become",
+                number, "expand", hint="leave out adapters.ranks, or expand; stages may freeze beside it",
+            )  # fmt: skip
         _check_bands(number, stage, kinds)
     _check_frozen(stages, kinds)
     if recipe.training.max_steps > 0:

@@ -45,6 +45,16 @@ def test_the_resolved_recipe_says_everything():
     assert flat.freeze == ("low",) and flat.plateau is None
 
 
+def test_ranks_from_data_are_not_expanded():
+    """Their map is not known when the memory is planned; freezing changes nothing in it."""
+    text = "model: {path: m}\ndata: {sources: r.jsonl}\noutput_dir: out\ntraining: {max_steps: 9}\n"
+    bands = "adapters:\n  ranks: gora\n"
+    bands += "  bands: [{band: low, layers: bottom, rank: 4}, {band: top, layers: top, rank: 4}]\n"
+    parse_recipe(text + bands + "stages: [{at: 5, freeze: low}]\n", "r.yaml")
+    error = recipe_error(text + bands + "stages: [{at: 5, expand: {by: 2}}]\n")
+    assert "gora chooses from data" in error and "r.yaml:8" in error
+
+
 def test_a_plateau_is_resolved_by_its_metric():
     text = "  - {when: plateau, plateau: {metric: train_loss}, freeze: low}\n"
     assert resolve(parse_recipe(HEAD + text, "r.yaml")[0]).stages[0].plateau == PlateauSection(

@@ -6,7 +6,7 @@
 TASK is mrpc or gsm8k; SOURCE is the folder with the task's data: train.jsonl and test.jsonl of MRPC with
 sentence1, sentence2 and label; train_2000.jsonl and validation_300.jsonl of GSM8K with question and answer.
 Neither is part of this project. The same command goes on where it was interrupted; at its end it writes
-docs/data/evidence/TASK_rankRANK.json. An hour and more for each on two cores.
+docs/data/evidence/TASK_rankRANK/, which smollm2_tables.py shows. An hour and more for each on two cores.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ def main() -> None:
         announce=announce_arms,
     )
     show_results(results)
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    shutil.copy(options.work / name / "results.json", OUTPUT / f"{name}.json")
+    target = OUTPUT / name
+    target.mkdir(parents=True, exist_ok=True)
+    for file in ("results.json", "results.md"):
+        shutil.copy(options.work / name / file, target)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+#!/usr/bin/env python
+"""The tables of SmolLM2 in docs/evidence.md: prints docs/data/evidence/TASK_rankRANK/ in Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from qhybrid.sweep.results import ArmResult, SweepResults, read_results
+from qhybrid.sweep.text import legend
+
+DATA = Path(__file__).resolve().parents[2] / "docs" / "data" / "evidence"
+
+
+def cell(arm: ArmResult, metric: str, control: str) -> str:
+    """The difference to the control with its interval, or the control's own mean."""
+    if metric not in arm.metrics:
+        return arm.status
+    if arm.name == control:
+        return f"{arm.metrics[metric].mean:.4f}"
+    one = arm.differences[metric]
+    return f"{one.mean:+.4f} ({one.low:+.4f} to {one.high:+.4f}){' ●' * one.is_clear}"
+
+
+def show(task: str, by_rank: dict[int, SweepResults]) -> None:
+    """One table for each metric: arms by ranks."""
+    ranks = sorted(by_rank)
+    first = by_rank[ranks[0]]
+    for metric in first.metrics:
+        print(f"\n**{task}, {metric}**\n\n| arm | {' | '.join(f'rank {rank}' for rank in ranks)} |")
+        print(f"|---{'|---' * len(ranks)}|")
+        for arm in first.arms:
+            cells = [cell(by_rank[rank].arm(arm.name), metric, first.control) for rank in ranks]
+            print(f"| {arm.name} | {' | '.join(cells)} |")
+    print(f"\n| arm | {' | '.join(f'rate, seconds, MiB at rank {rank}' for rank in ranks)} |")
+    print(f"|---{'|---' * len(ranks)}|")
+    for arm in first.arms:
+        print(f"| {arm.name} | {' | '.join(cost(by_rank[rank].arm(arm.name)) for rank in ranks)} |")
+    print(f"\n{legend(first)}")
+
+
+def cost(arm: ArmResult) -> str:
+    """What the arm took, at which rate."""
+    if arm.best_learning_rate is None or arm.seconds is None or arm.peak_bytes is None:
+        return arm.status
+    edge = " !" if arm.is_best_at_edge else ""
+    return f"{arm.best_learning_rate:g}{edge}, {arm.seconds:.0f}, {arm.peak_bytes / 2**20:.0f}"
+
+
+def main() -> None:
+    found: dict[str, dict[int, SweepResults]] = defaultdict(dict)
+    for folder in sorted(DATA.iterdir()):
+        if match := re.fullmatch(r"(\w+)_rank(\d+)", folder.name):
+            found[match[1]][int(match[2])] = read_results(folder)
+    for task, by_rank in found.items():
+        show(task, by_rank)
+
+
+if __name__ == "__main__":
+    main()

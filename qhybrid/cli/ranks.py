@@ -19,7 +19,7 @@ def command() -> None:
     """Which ranks, in which layers, of which kind: measure it."""
 
 
-@command.command("sweep")
+@command.command("sweep", short_help="Arms at equal parameters, compared to a uniform control.")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
 @click.option("--output", required=True, type=click.Path(), help="The folder of the sweep, new or to go on with.")

@@ -54,10 +54,11 @@ def as_recipe_error(
         ):
             continue  # a list looks empty when its items were refused
         message, hint = _describe(dict(problem), path)
-        origin = _origin(path, origins)
+        place = path or told_at(values, _named_first(message))
+        origin = _origin(place, origins)
         from_override = any(
-            path[: len(start)] == start or (origin not in source.lines and start[: len(path)] == path)
-            for start in overridden
+            place[: len(start)] == start or (origin not in source.lines and start[: len(place)] == place)
+            for start in (overridden if place else ())
         )
         where = OVERRIDE if from_override else source.where(origin)
         name = ".".join(map(excerpt_key, path))
@@ -73,6 +74,13 @@ def _origin(path: KeyPath, origins: dict[KeyPath, KeyPath]) -> KeyPath:
         if path[:length] in origins:
             return (*origins[path[:length]], *path[length:])
     return path
+
+
+def _named_first(message: str) -> KeyPath:
+    """The key that a check over several sections begins with: "training.bf16 needs …"."""
+    path = tuple(message.split(maxsplit=1)[0].rstrip(":").split("."))
+    model = _model_at(path[:-1])
+    return path if model is not None and path[-1] in model.model_fields else ()
 
 
 def _without_tags(location: tuple[int | str, ...]) -> KeyPath:

@@ -171,7 +171,7 @@ class Layout:
             )
         lines.append(f"total: {len(self.rows)} modules, {format_count(self.num_parameters)} parameters")
         if self.num_budgeted != self.num_parameters:
-            lines.append(f"of a budget: {format_count(self.num_budgeted)}, A and B at the ranks of the end alone")
+            lines.append(f"as budgets count (A and B, final ranks): {format_count(self.num_budgeted)} parameters")
         return lines
 
 

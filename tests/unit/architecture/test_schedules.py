@@ -176,7 +176,7 @@ def test_the_layout_tells_what_a_budget_counts():
     adapters = {"schedule": {"name": "increasing", "budget": 9000}, "bands": [{"kind": "adalora"}]}
     layout = layout_of(adapters, SMALL)
     assert layout.num_budgeted == cost(layout) <= 9000 < layout.num_parameters
-    assert layout.to_text().endswith(f"of a budget: {cost(layout):,}, A and B at the ranks of the end alone")
+    assert layout.to_text().endswith(f"as budgets count (A and B, final ranks): {cost(layout):,} parameters")
 
 
 def test_errors_name_the_line_inside_adapters():

@@ -44,9 +44,13 @@ def sweep(recipe: str, overrides: tuple[str, ...], output: str, jobs: int | None
         announce_arms(look_ahead(loaded, jobs=jobs, prepare=quiet_libraries))
         return
     console = Console()
-    results = run_sweep(
-        loaded, Path(output), jobs=jobs, console=console, prepare=quiet_libraries, announce=announce_arms
-    )
+    try:
+        results = run_sweep(
+            loaded, Path(output), jobs=jobs, console=console, prepare=quiet_libraries, announce=announce_arms
+        )
+    except KeyboardInterrupt:
+        click.echo("\nnote: the same command goes on from here", err=True)
+        raise
     show_results(results)
     click.echo(f"results  {Path(output) / 'results.json'}, results.md")
 

@@ -27,10 +27,12 @@ from report_helpers import (
 
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.spec import spec_from_config
+from qhybrid.errors import RunFolderError
 from qhybrid.recipe.load import dump_recipe
 from qhybrid.report.colours import VIRIDIS
 from qhybrid.report.run_report import run_report
-from qhybrid.report.samples import Sample, Samples
+from qhybrid.report.samples import Sample, Samples, require_adapter
+from qhybrid.training.run import Run
 
 SECTIONS = {
     "training", "layout", "ranks", "stages", "importance", "spectra", "memory", "data", "samples", "settings",
@@ -363,6 +365,9 @@ def test_a_run_of_several_tasks_names_them(tmp_path):
     text = PageText(run_report(run)).text
     assert f"for each of a, b; each has a report: qhybrid report {run / 'tasks' / 'a'} ." in text
     assert "is not there" not in text
+    assert "fine-tuned to 2 tasks" in text and "optimizer steps" not in text and "no samples yet" not in text
+    with pytest.raises(RunFolderError, match="an adapter for each task"):
+        require_adapter(Run(run))
     assert "mean of 5 steps" in PageText(run_report(run / "tasks" / "a")).text
 
 

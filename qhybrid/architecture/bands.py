@@ -122,7 +122,20 @@ def _scheduled(
 ) -> list[int]:
     if budget is None:
         budget = sum(member.band.rank * member.cost for member in members)
-    return scheduled_ranks(schedule, [member.place(limits) for member in members], budget)
+    places = [member.place(limits) for member in members]
+    if limits.budget is not None:
+        _require_room(places, limits.budget)
+    return scheduled_ranks(schedule, places, budget)
+
+
+def _require_room(places: Sequence[Place], budget: int) -> None:
+    most = sum(place.highest * place.cost for place in places)
+    if budget >= most + max(place.cost for place in places):
+        raise LayoutError(
+            f"a budget of {budget:,} parameters is above what the largest ranks cost: {most:,} for "
+            f"{len(places)} modules",
+            hint=f"give at most {most:,}, raise max_rank, or adapt more modules",
+        )
 
 
 def largest_rank(band: BandSection, linear: Linear) -> int:

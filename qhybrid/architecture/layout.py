@@ -76,6 +76,11 @@ class Layout:
         """Trained parameters of all adapters."""
         return sum(row.num_parameters for row in self.rows)
 
+    @property
+    def num_budgeted(self) -> int:
+        """Σ r·(in + out) with AdaLoRA's ranks at the end: what the budget of a schedule counts."""
+        return sum(row.target_rank * (row.in_features + row.out_features) for row in self.rows)
+
     def of_band(self, band: str) -> tuple[LayoutRow, ...]:
         """The rows of one band."""
         return tuple(row for row in self.rows if row.band == band)
@@ -164,7 +169,10 @@ class Layout:
                 f"band {band}: {rows[0].kind}, {len(rows)} modules, "
                 f"{format_count(sum(row.num_parameters for row in rows))} parameters"
             )
-        return [*lines, f"total: {len(self.rows)} modules, {format_count(self.num_parameters)} parameters"]
+        lines.append(f"total: {len(self.rows)} modules, {format_count(self.num_parameters)} parameters")
+        if self.num_budgeted != self.num_parameters:
+            lines.append(f"as budgets count (A and B, final ranks): {format_count(self.num_budgeted)} parameters")
+        return lines
 
 
 def _rank_text(row: LayoutRow) -> str:

@@ -60,9 +60,10 @@ def spread(weights: Sequence[float], places: Sequence[Place], budget: int) -> li
     """
     least = sum(place.lowest * place.cost for place in places)
     if least > budget:
-        needed = "one rank for each module" if all(p.lowest == 1 for p in places) else "the lowest ranks"
+        every_one = all(place.lowest == 1 for place in places)
+        needed = "one rank for each module costs" if every_one else "the lowest ranks cost"
         raise LayoutError(
-            f"a budget of {budget:,} parameters is below what {needed} costs: {least:,} for {len(places)} modules",
+            f"a budget of {budget:,} parameters is below what {needed}: {least:,} for {len(places)} modules",
             hint=f"give at least {least:,}, or adapt fewer modules",
             at=("budget",),
         )

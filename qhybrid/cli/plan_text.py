@@ -220,7 +220,8 @@ def _verdict(plan: Plan) -> list[str]:
     what = "memory" if plan.device == "cpu" else "GPU memory"
     lines = []
     if limit is None:
-        lines.append(f"needs {format_bytes(plan.needed)} of {what}; no limit was given (--vram or --gpu)")
+        none = "" if plan.device == "cpu" else "; no limit was given (--vram or --gpu)"
+        lines.append(f"needs {format_bytes(plan.needed)} of {what}{none}")
     elif plan.fits:
         spare = format_bytes(limit - plan.needed)
         lines.append(

@@ -19,7 +19,7 @@ def command() -> None:
     """Which ranks, in which layers, of which kind: measure it."""
 
 
-@command.command("sweep")
+@command.command("sweep", short_help="Arms at equal parameters, compared to a uniform control.")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
 @click.option("--output", required=True, type=click.Path(), help="The folder of the sweep, new or to go on with.")
@@ -44,9 +44,14 @@ def sweep(recipe: str, overrides: tuple[str, ...], output: str, jobs: int | None
         if dry_run:
             announce_arms(look_ahead(loaded, jobs=jobs, prepare=quiet_libraries))
             return
-        results = run_sweep(
-            loaded, Path(output), jobs=jobs, console=Console(), prepare=quiet_libraries, announce=announce_arms
-        )
+        console = Console()
+        try:
+            results = run_sweep(
+                loaded, Path(output), jobs=jobs, console=console, prepare=quiet_libraries, announce=announce_arms
+            )
+        except KeyboardInterrupt:
+            click.echo("\nnote: the same command goes on from here", err=True)
+            raise
     show_results(results)
     click.echo(f"results  {Path(output) / 'results.json'}, results.md")
 

@@ -54,6 +54,8 @@ def show(recipe: str, overrides: tuple[str, ...], layout: bool, config: str | No
     from qhybrid.architecture.bands import build_layout
 
     spec = _spec(loaded.recipe.model, config)
+    if any(own.ranks is not None for own in (loaded.recipe, *loaded.recipe.tasks)):
+        click.echo("note: data decides the ranks when the run begins; these are those before it", err=True)
     if not loaded.recipe.tasks:
         with loaded.placing():
             built = build_layout(loaded.recipe, spec)

@@ -87,10 +87,13 @@ def _dry_run(recipe: Recipe) -> None:
     quiet_libraries()
     from qhybrid.cli import plan_text
     from qhybrid.errors import MemoryPlanError
-    from qhybrid.training.memory import hardware_of
+    from qhybrid.training.memory import hardware_of, limit_vram
     from qhybrid.training.planning import plan_as_it_is, plan_run
 
     hardware = hardware_of(recipe)
+    notice = limit_vram(recipe.memory.vram)
+    if notice:
+        click.echo(f"note: {notice}")
     try:
         planned, plan = plan_run(recipe, facts.spec, hardware)
     except MemoryPlanError as error:

@@ -43,7 +43,7 @@ class Places:
         """The file with the line, or the command line."""
         path = told_at(self.values, path)
         origin = _origin(path, self.origins)
-        from_override = any(
+        from_override = path != () and any(
             path[: len(start)] == start or (origin not in self.source.lines and start[: len(path)] == path)
             for start in self.overridden
         )
@@ -70,7 +70,7 @@ def as_recipe_error(error: ValidationError, places: Places) -> RecipeError:
             continue  # a list looks empty when its items were refused
         message, hint = _describe(dict(problem), path)
         name = ".".join(map(excerpt_key, path))
-        found.append((f"{places.where(path)}: {name + ': ' if name else ''}{message}", hint))
+        found.append((f"{places.where(path or _named_first(message))}: {name + ': ' if name else ''}{message}", hint))
     if len(found) == 1:
         return RecipeError(found[0][0], hint=found[0][1])
     return RecipeError("\n".join(f"{line} ({hint})" if hint else line for line, hint in found))
@@ -82,6 +82,13 @@ def _origin(path: KeyPath, origins: dict[KeyPath, KeyPath]) -> KeyPath:
         if path[:length] in origins:
             return (*origins[path[:length]], *path[length:])
     return path
+
+
+def _named_first(message: str) -> KeyPath:
+    """The key that a check over several sections begins with: "training.bf16 needs …"."""
+    path = tuple(message.split(maxsplit=1)[0].rstrip(":").split("."))
+    model = _model_at(path[:-1])
+    return path if model is not None and path[-1] in model.model_fields else ()
 
 
 def _without_tags(location: tuple[int | str, ...]) -> KeyPath:

@@ -211,10 +211,10 @@ class Recipe(Section):
             name = "schedule" if self.schedule else "ranks"
             for band in self.adapters:
                 if band.schedule is not None:
-                    raise ValueError(f"band {band.band!r} has a schedule of its own beside {name} over all bands")
+                    raise ValueError(f"{name} is over all bands, and band {band.band!r} has a schedule of its own")
                 if self.rank_budget is not None and "rank" in band.model_fields_set:
                     raise ValueError(
-                        f"the rank of band {band.band!r} has no effect beside {name}.budget; remove one of them"
+                        f"{name}.budget and the rank of band {band.band!r} both decide the ranks; remove one"
                     )
         if self.ranks:
             for band in self.adapters:
@@ -229,8 +229,8 @@ class Recipe(Section):
                     )
                 if self.ranks.initialise and band.init is not None:
                     raise ValueError(
-                        f"init of band {band.band!r} has no effect beside ranks {self.ranks.method}, which "
-                        "initialises too; remove it, or set ranks.initialise: false"
+                        f"ranks {self.ranks.method} initialises too, and init of band {band.band!r} has no effect "
+                        "beside it; remove it, or set ranks.initialise: false"
                     )
         return self
 
@@ -244,7 +244,7 @@ class Recipe(Section):
         counts = Counter(band.band for band in self.adapters)
         doubled = sorted(name for name, count in counts.items() if count > 1)
         if doubled:
-            raise ValueError(f"two bands are called {doubled[0]!r}; give each its own name")
+            raise ValueError(f"adapters: two bands are called {doubled[0]!r}; give each its own name")
         if self.data.chat_template and self.training.chat_template_path:
             raise ValueError("data.chat_template and training.chat_template_path both name a template")
         has_eval = bool(self.data.eval_sources) or self.data.eval_fraction > 0

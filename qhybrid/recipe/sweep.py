@@ -203,7 +203,7 @@ class SweepSection(Section):
             raise ValueError("a sweep compares arms: name at least two")
         control = next((arm for arm in self.all_arms if arm.name == self.control), None)
         if control is None:
-            raise ValueError(f"there is no uniform control: add {self.control} to arms")
+            raise ValueError(f"the control {self.control!r} is not among the arms; add it to arms")
         if not is_uniform(control.arm or ""):
             raise ValueError(f"the control {self.control!r} is not one of {', '.join(_GROUPS['kinds'])}")
         return self

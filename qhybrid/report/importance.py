@@ -47,7 +47,9 @@ def importance_section(facts: RunFacts) -> Section | None:
     )
     blocks = [figure]
     if len(facts.events.importance) > 1:
-        blocks += [_over_time(facts, grid, "type"), _over_time(facts, grid, "band")]
+        blocks.append(_over_time(facts, grid, "type"))
+        if facts.layout is not None and len(facts.layout.bands) > 1:
+            blocks.append(_over_time(facts, grid, "band"))
     return Section("importance", "Importance", lead, blocks)
 
 

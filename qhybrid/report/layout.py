@@ -75,7 +75,10 @@ def _band_table(layout: Layout) -> Table:
             )
         )
     header = ("band", "kind", "module types", "init", "layers", "modules", "rank", "scaling", "parameters")
-    caption = "12→8 is AdaLoRA: every module begins with rank 12, and the band ends with 8 on average."
+    caption = (
+        "An arrow is AdaLoRA: modules begin with the rank before it, and end with the one behind it on average; "
+        "each ends with its own."
+    )
     shown = any(row.rank != row.target_rank for row in layout)
     return Table("Bands", header, rows, left=4, caption=caption if shown else "")
 

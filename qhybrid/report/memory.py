@@ -87,7 +87,9 @@ def _bars(plan: PlanFacts, measured: Mapping[str, int]) -> Figure:
         "Planned and measured",
         picture,
         "The plan is made of parts; what is measured is one number. Both bars should be of one length, and a plan "
-        "that is shorter was too hopeful.",
+        "that is shorter was too hopeful."
+        if peak
+        else "",
         [Legend(name, colour, "fill") for name, _, colour in shown],
         wide=True,
     )

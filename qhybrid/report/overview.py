@@ -40,7 +40,7 @@ def lead(facts: RunFacts) -> str:
         words.append(f"{model or 'A model'}, fine-tuned")
     if facts.audit is not None:
         words.append(f"on {format_count(facts.audit.totals.get('train_rows', 0))} rows")
-    words.append(f"for {_steps(facts)}")
+    words.append(f"for {_steps(facts)}" if not facts.tasks else f"to {format_count(len(facts.tasks))} tasks")
     if facts.layout is not None:
         number = len(facts.layout.bands)
         words.append(f"with {number} band{'s' * (number > 1)} of adapters: {_trained(facts)}")

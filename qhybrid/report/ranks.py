@@ -114,13 +114,15 @@ def _words(facts: RunFacts, found: Sequence[Moment]) -> str:
         return f"The modules have ranks from {min(ranks)} to {max(ranks)}.{_extremes(facts.layout, last)}"
     moving = {row.module for row in facts.layout if first.ranks[row.module] != last.ranks[row.module]}
     text = (
-        f"Ranks changed at {format_count(len(found) - 1)} steps: {format_count(first.total)} at the beginning, "
+        f"Ranks changed at {format_count(len(found) - 1)} step{'s' * (len(found) > 2)}: "
+        f"{format_count(first.total)} at the beginning, "
         f"{format_count(last.total)} after step {format_count(last.step)}. "
         f"{format_count(len(moving))} of {format_count(len(facts.layout))} modules ended with another rank than "
         "they began with."
     )
-    if moving:
-        text += f" Of these,{_extremes((row for row in facts.layout if row.module in moving), last)}"
+    extremes = _extremes((row for row in facts.layout if row.module in moving), last) if moving else ""
+    if extremes:
+        text += f" Of these,{extremes}"
     late = [s for s in facts.events.schedules.values() if facts.events.last_step < s.total_steps - s.final_steps]
     if late:
         text += f" The final choice of {', '.join(s.band for s in late)} was not reached."

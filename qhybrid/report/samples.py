@@ -18,7 +18,7 @@ from qhybrid.errors import DataError, RunFolderError
 from qhybrid.recipe.load import parse_recipe
 from qhybrid.report.page import Answers, Block, Note, Section
 from qhybrid.report.records import Record
-from qhybrid.report.run_facts import RunFacts, read_plain_text
+from qhybrid.report.run_facts import TASKS, RunFacts, read_plain_text
 from qhybrid.training.run import Run
 
 _FORMAT_VERSION = 1
@@ -53,6 +53,11 @@ def require_adapter(run: Run) -> None:
         RunFolderError: it has no adapter.
     """
     if not run.adapter.is_dir():
+        tasks = sorted(file.parent for file in run.folder.glob(f"{TASKS}/*/run.json"))
+        if tasks:
+            raise RunFolderError(
+                f"the run in {run.folder} has an adapter for each task", hint=f"name one: {tasks[0]}"
+            )
         raise RunFolderError(
             f"the run in {run.folder} has not finished: it has no adapter that could answer",
             hint="leave --samples out",
@@ -161,8 +166,10 @@ def _sha256(run: Run) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def samples_section(facts: RunFacts) -> Section:
-    """The samples that were kept; or how to get some."""
+def samples_section(facts: RunFacts) -> Section | None:
+    """The samples that were kept, or how to get some; None for a run of several tasks, which have their own."""
+    if facts.tasks:
+        return None
     title = "Before and after"
     samples, problem = _read(facts.run)
     if samples is None or not samples.samples:

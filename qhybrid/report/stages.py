@@ -14,7 +14,9 @@ _MOST_MARKS = 4
 def stages_section(facts: RunFacts) -> Section | None:
     """The section; None for a run without stages."""
     changes = [facts.events.stages[key] for key in sorted(facts.events.stages)]
-    if not changes:
+    begun = {change.stage for change in changes}
+    waiting = [stage for stage in (facts.recipe.stages if facts.recipe else ()) if stage.name not in begun]
+    if not changes and not waiting:
         return None
     rows = [
         (
@@ -26,6 +28,7 @@ def stages_section(facts: RunFacts) -> Section | None:
         )
         for change in changes
     ]
+    rows += [("", stage.name, f"has not begun ({stage.told().split(': ', 1)[1]})", "", "") for stage in waiting]
     grown = any(change.expanded for change in changes)
     header = ("after step", "stage", "what it did", "parameters", "then")
     blocks: list[Block] = [Table("Changes", header, rows, left=3, wide=not grown)]

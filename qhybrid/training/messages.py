@@ -64,6 +64,8 @@ def stage_told(facts: dict[str, Any]) -> str:
             f"{count}, {format_count(facts['num_parameters_before'])} to {format_count(facts['num_parameters'])} "
             "parameters"
         )
+        if not any(growth["score"] for growth in facts["expanded"].values()):
+            parts.append("their scores are all 0 yet")
     if facts["froze"] or facts["unfroze"]:
         words = [("frozen", facts["froze"]), ("trained again", facts["unfroze"])]
         parts += [f"{word}: {', '.join(bands)}" for word, bands in words if bands]

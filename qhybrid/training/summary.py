@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,9 @@ def announce(
     for band in layout.bands:
         rows = layout.of_band(band)
         first, last = rows[0], rows[-1]
-        ranks = sorted({row.rank for row in rows})
-        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        rank = _span(row.rank for row in rows)
         if first.kind == "adalora":
-            rank += f"→{first.target_rank}"
+            rank += f"→{_span(row.target_rank for row in rows)}"
         plus = f", LoRA+ ratio {first.loraplus_lr_ratio:g}" if first.loraplus_lr_ratio != 1 else ""
         line(
             f"band     {band}: {first.kind} rank {rank}{plus}, layers {first.layer}-{last.layer}, "
@@ -101,6 +101,11 @@ def announce(
     if recipe.training.early_stopping_patience is not None and not recipe.training.load_best_model_at_end:
         line("note: early stopping keeps the last adapter; training.load_best_model_at_end: true keeps the best")
     line(f"run      {run.folder}" + (f", resumed from {run.resume_from.name}" if run.resume_from else ""))
+
+
+def _span(ranks: Iterable[int]) -> str:
+    low, *_, high = sorted([*ranks] * 2)
+    return str(low) if low == high else f"{low}-{high}"
 
 
 def _early(figures: dict[str, Any]) -> str:

@@ -145,7 +145,7 @@ def test_what_a_schedule_refuses():
     [
         ({"schedule": {"name": "rising"}}, "'rising' is not one of"),
         ({"schedule": {"name": "increasing", "budget": "20X"}}, "is not a count"),
-        ({"schedule": {"name": "increasing", "budget": "20M"}, "rank": 4}, "no effect beside schedule.budget"),
+        ({"schedule": {"name": "increasing", "budget": "20M"}, "rank": 4}, "schedule.budget and the rank of"),
         ({"schedule": "increasing", "ranks": "gora"}, "both decide the ranks"),
         ({"schedule": "increasing", "bands": [{"schedule": "uniform"}]}, "a schedule of its own"),
         ({"schedule": "increasing", "bands": [{}], "rank": 4}, "adapters has bands, and rank beside them"),
@@ -160,6 +160,23 @@ def test_what_a_schedule_refuses():
 def test_what_a_recipe_refuses(adapters, words):
     with pytest.raises(RecipeError, match=words):
         make_recipe(adapters=adapters)
+
+
+def test_a_budget_that_no_layout_can_spend_is_refused():
+    """All linears of SMALL at rank 2 cost twice what they cost at rank 1."""
+    most = 2 * sum(row.in_features + row.out_features for row in layout_of([{"rank": 1}], SMALL))
+    schedule = {"name": "uniform", "max_rank": 2, "budget": most}
+    assert cost(layout_of({"schedule": schedule}, SMALL)) == most
+    with pytest.raises(LayoutError, match=f"above what the largest ranks cost: {most:,}") as caught:
+        layout_of({"schedule": schedule | {"budget": 2 * most}}, SMALL)
+    assert "max_rank" in str(caught.value.hint)
+
+
+def test_the_layout_tells_what_a_budget_counts():
+    adapters = {"schedule": {"name": "increasing", "budget": 9000}, "bands": [{"kind": "adalora"}]}
+    layout = layout_of(adapters, SMALL)
+    assert layout.num_budgeted == cost(layout) <= 9000 < layout.num_parameters
+    assert layout.to_text().endswith(f"as budgets count (A and B, final ranks): {cost(layout):,} parameters")
 
 
 def test_errors_name_the_line_inside_adapters():

@@ -144,6 +144,25 @@ def test_hints_say_what_was_meant(old, new, words):
     assert old in GOOD and words in error_of(GOOD.replace(old, new))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "override", "start"),
+    [
+        ("learning_rate: 2e-4", "eval_steps: 5", None, "r.yaml:14: training.eval_steps has no effect"),
+        ("learning_rate: 2e-4", "bf16: true", "model.dtype=float32", "r.yaml:14: training.bf16 needs"),
+        (
+            "learning_rate: 2e-4",
+            "seed: 1",
+            "training.packing_strategy=wrapped",
+            "command line: training.packing_s",
+        ),
+        ("band: mid", "band: bottom", None, "r.yaml:3: adapters: two bands are called 'bottom'"),
+    ],
+)
+def test_checks_over_sections_name_the_line_of_what_they_begin_with(old, new, override, start):
+    assert old in GOOD
+    assert error_of(GOOD.replace(old, new, 1), [override] if override else []).startswith(start)
+
+
 def test_an_empty_section_leaves_everything_at_its_default():
     recipe, _ = parse_recipe(GOOD.replace("  learning_rate: 2e-4\n", "quantization:\n"), "r")
     assert recipe.training.learning_rate == 2e-4 and recipe.quantization.method == "nf4"

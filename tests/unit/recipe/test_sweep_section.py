@@ -59,7 +59,7 @@ def test_an_override_reaches_into_it():
     ("old", "new", "line", "words"),
     [
         ("- random", "- randm", 9, "did you mean 'random'"),
-        ("    - uniform\n", "", 5, "there is no uniform control: add uniform to arms"),
+        ("    - uniform\n", "", 5, "the control 'uniform' is not among the arms"),
         ("- uniform", "- {arm: increasing, name: uniform}", 5, "the control 'uniform' is not one of"),
         ("weight_decay", "weight_dekay", 16, "did you mean 'weight_decay'"),
         ("weight_decay: 0.1", "seed: 3", 10, "training.seed of an arm is set by sweep.seeds"),

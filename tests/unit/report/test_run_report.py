@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import tiny_layout
+from helpers import TINY, make_recipe, tiny_layout
 from report_helpers import (
     MIDDLE_LAYERS,
     STEPS,
@@ -25,9 +25,14 @@ from report_helpers import (
     write_run,
 )
 
+from qhybrid.architecture.bands import build_layout
+from qhybrid.architecture.spec import spec_from_config
+from qhybrid.errors import RunFolderError
+from qhybrid.recipe.load import dump_recipe
 from qhybrid.report.colours import VIRIDIS
 from qhybrid.report.run_report import run_report
-from qhybrid.report.samples import Sample, Samples
+from qhybrid.report.samples import Sample, Samples, require_adapter
+from qhybrid.training.run import Run
 
 SECTIONS = {
     "training", "layout", "ranks", "stages", "importance", "spectra", "memory", "data", "samples", "settings",
@@ -139,10 +144,35 @@ def test_stages(tmp_path):
     before, after = f"{start.num_parameters:,}", f"{now.num_parameters:,}"
     assert f"6 more {len(low)} modules from rank 4 to 8; froze high {before} {after}" in text
     assert "12 never passed over" in text
+    assert "Ranks changed at 3 steps" in PageText(section(page, "ranks")).text
     frames = json.loads(next(f["data-frames"] for f in PageText(page).of("figure") if f.get("data-frames")))
     by_step = dict(zip((title.split(":")[0] for title in frames["titles"]), frames["ranks"], strict=True))
     place = frames["modules"].index(low[0])
     assert [by_step[step][place] for step in ("step 0", "step 4", "step 6", "step 8")] == [4, 4, 8, 8]
+
+
+def test_one_change_of_rank_and_a_stage_that_never_began(tmp_path):
+    bands = [{"band": "low", "rank": 4}]
+    start = build_layout(make_recipe(adapters=bands), spec_from_config(TINY))
+    now = grown(start, "low", 8)
+    stages = [
+        {"name": "more", "at": 6, "expand": {"by": 4}},
+        {"name": "last", "when": "plateau", "plateau": {"metric": "train_loss"}, "expand": {"by": 2}},
+    ]
+    change = {
+        "event": "stage", "step": 6, "stage": "more", "passed_over": False, "froze": [], "unfroze": [],
+        "expanded": {row.module: {"before": 4, "after": 8, "score": 0.5} for row in start},
+        "num_parameters_before": start.num_parameters, "num_parameters": now.num_parameters,
+    }  # fmt: skip
+    recipe = dump_recipe(make_recipe(adapters=bands, stages=stages))
+    page = run_report(
+        write_run(tmp_path / "run", layout=now, recipe=recipe, events=[*events_of_a_run(start), change])
+    )
+    ranks = PageText(section(page, "ranks")).text
+    assert "Ranks changed at 1 step:" in ranks and "than they began with. Rank of every module" in ranks
+    assert "last has not begun (when train_loss stops falling" in PageText(section(page, "stages")).text
+    importance = PageText(section(page, "importance")).text
+    assert "By module type" in importance and "By band" not in importance  # one band always has all of it
 
 
 def test_spectra_and_importance(tmp_path):
@@ -343,6 +373,9 @@ def test_a_run_of_several_tasks_names_them(tmp_path):
     text = PageText(run_report(run)).text
     assert f"for each of a, b; each has a report: qhybrid report {run / 'tasks' / 'a'} ." in text
     assert "is not there" not in text
+    assert "fine-tuned to 2 tasks" in text and "optimizer steps" not in text and "no samples yet" not in text
+    with pytest.raises(RunFolderError, match="an adapter for each task"):
+        require_adapter(Run(run))
     assert "mean of 5 steps" in PageText(run_report(run / "tasks" / "a")).text
 
 

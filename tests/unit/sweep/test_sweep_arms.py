@@ -126,7 +126,7 @@ def test_arms_change_training_and_nothing_else():
         ),
         ({"name": "far", "adapters": [{"layers": "0-50"}]}, "the arm far: band 'band0': layer 50 is out of range"),
         ({"name": "odd", "adapters": [{"target_modules": "qproj"}]}, "did you mean 'q_proj'"),
-        ({"name": "full", "adapters": {"schedule": {"name": "uniform", "max_rank": 2}}}, "leave no other choice"),
+        ({"name": "full", "adapters": {"schedule": {"name": "uniform", "max_rank": 2}}}, "above what the"),
         ({"arm": "dora-uniform", "name": "steps", "training": {"eval_steps": 3}}, "eval_steps has no effect"),
     ],
 )  # fmt: skip

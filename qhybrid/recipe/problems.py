@@ -70,7 +70,8 @@ def as_recipe_error(error: ValidationError, places: Places) -> RecipeError:
             continue  # a list looks empty when its items were refused
         message, hint = _describe(dict(problem), path)
         name = ".".join(map(excerpt_key, path))
-        found.append((f"{places.where(path or _named_first(message))}: {name + ': ' if name else ''}{message}", hint))
+        where = places.where(path or _named_first(message))
+        found.append((f"{where}: {name + ': ' if name else ''}{message}", hint))
     if len(found) == 1:
         return RecipeError(found[0][0], hint=found[0][1])
     return RecipeError("\n".join(f"{line} ({hint})" if hint else line for line, hint in found))

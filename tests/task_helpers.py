@@ -120,7 +120,7 @@ def at_step(
 def sigterm(trainer: BandedTrainer) -> None:
     """As `kill` sends it."""
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.3)  # this is not the main thread, which is told of it
+    time.sleep(0.6)  # this is not the main thread, which sees it within 0.2 seconds
 
 
 def killed(trainer: BandedTrainer) -> None:

@@ -16,9 +16,10 @@ from qhybrid.architecture.layout import first_fault
 from qhybrid.disk import write_atomically
 from qhybrid.errors import DataError, RunFolderError
 from qhybrid.recipe.load import parse_recipe
+from qhybrid.recipe.tasks import FOLDER
 from qhybrid.report.page import Answers, Block, Note, Section
 from qhybrid.report.records import Record
-from qhybrid.report.run_facts import TASKS, RunFacts, read_plain_text
+from qhybrid.report.run_facts import RunFacts, read_plain_text
 from qhybrid.training.run import Run
 
 _FORMAT_VERSION = 1
@@ -53,7 +54,7 @@ def require_adapter(run: Run) -> None:
         RunFolderError: it has no adapter.
     """
     if not run.adapter.is_dir():
-        tasks = sorted(file.parent for file in run.folder.glob(f"{TASKS}/*/run.json"))
+        tasks = sorted(file.parent for file in run.folder.glob(f"{FOLDER}/*/run.json"))
         if tasks:
             raise RunFolderError(
                 f"the run in {run.folder} has an adapter for each task", hint=f"name one: {tasks[0]}"

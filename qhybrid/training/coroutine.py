@@ -6,6 +6,9 @@ import threading
 import time
 from collections.abc import Callable
 
+# Python hands signals to the main thread while it waits, but not one that came just before it began to.
+_LONGEST_WAIT = 0.2  # seconds
+
 
 class Closed(BaseException):
     """Ends a loop from inside: its caller wants no more of it. No `except Exception` holds it."""
@@ -37,8 +40,7 @@ class Coroutine:
         assert not self.has_ended
         if self._thread.ident is None:
             self._thread.start()
-        self._may_run.release()
-        self._has_paused.acquire()
+        self._let_run()
         if self._error is not None:
             raise self._error
 
@@ -48,8 +50,12 @@ class Coroutine:
         if self._thread.ident is None:
             self.has_ended = True
         while not self.has_ended:
-            self._may_run.release()
-            self._has_paused.acquire()
+            self._let_run()
+
+    def _let_run(self) -> None:
+        self._may_run.release()
+        while not self._has_paused.acquire(timeout=_LONGEST_WAIT):
+            pass
 
     def pause(self) -> None:
         """Inside: let the caller go on, until it calls `advance` again.

@@ -55,7 +55,7 @@ HOSTILE: dict[str, tuple[str, int | None, str]] = {
     "keys 5,000 deep": ("? " * 5000 + "x", 1, "a key must be a word"),
     "80,000 empty lists": (HEAD + "adapters: [" + "[]," * 80_000 + "]", 4, "more than 10,000 values"),
     "80,000 empty bands": (HEAD + "adapters: [" + "{}," * 80_000 + "]", 4, "more than 10,000 values"),
-    "3,000 bands of one name": (HEAD + "adapters: [" + "{rank: 1}," * 3000 + "]", None, "two bands"),
+    "3,000 bands of one name": (HEAD + "adapters: [" + "{rank: 1}," * 3000 + "]", 4, "two bands"),
     "4,000 unknown keys": (
         HEAD + BANDS + "training:\n" + "".join(f"  learnin_rate{i}: 1\n" for i in range(4000)),
         6,

@@ -23,7 +23,7 @@ from runs import (
     train,
 )
 
-from qhybrid.training import checkpoint, run, session, signals, state, trainer_checkpoints
+from qhybrid.training import checkpoint, run, session, sft, signals, state, trainer_checkpoints
 from qhybrid.training.checkpoint import step_of
 from qhybrid.training.signals import Interrupted
 from qhybrid.training.trainer import BandedTrainer
@@ -37,7 +37,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "the end of a save": (checkpoint, "seal"),
     "the result": (session, "save_adapter"),
     "the status": (run.Run, "write_status"),
-    "the model's loading": (session, "load_base"),
+    "the model's loading": (sft, "load_base"),
     "the data": (session, "prepare_data"),
     "the claim": (session, "begin"),
     "the first files": (run, "write_atomically"),

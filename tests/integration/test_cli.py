@@ -145,7 +145,7 @@ def test_recipes_commands(project, tiny_model_folder):
     schema = json.loads(qhybrid("recipes", "schema").stdout)
     assert set(schema["properties"]) == {
         "model", "quantization", "adapters", "schedule", "ranks", "stages", "data", "training", "memory",
-        "monitoring", "distributed", "sweep", "output_dir",
+        "monitoring", "distributed", "sweep", "tasks", "shared", "output_dir",
     }  # fmt: skip
 
 

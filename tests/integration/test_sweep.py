@@ -139,7 +139,7 @@ def test_other_data_is_refused(finished):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["sweep.arms=[random,increasing]"], "no uniform control"),
+        (["sweep.arms=[random,increasing]"], "the control 'uniform' is not among the arms"),
         (["sweep.measure.metrics=[bleu]"], "'bleu' is not one of"),
         (['sweep.measure={metrics: [accuracy], labels: ["1", "2"]}'], "is not one of the labels 1, 2"),
         (

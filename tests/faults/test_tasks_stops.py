@@ -93,7 +93,7 @@ def test_a_second_interrupt_ends_all_at_once(again, whole, monkeypatch):
     def impatient(trainer) -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)
+            time.sleep(0.6)  # the main thread sees it within 0.2 seconds
 
     with monkeypatch.context() as patched:
         patched.setattr(signals, "_SECONDS_OF_ONE_PRESS", 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from qhybrid.architecture.layout import Layout
 from qhybrid.data.audit import Audit, SourceAudit
 from qhybrid.data.formats import SourceFormat
 from qhybrid.recipe.load import dump_recipe
+from qhybrid.report.samples import Sample, Samples
 from qhybrid.training.run import versions
 
 STEPS = 20
@@ -190,3 +192,17 @@ def require_self_contained(page: str) -> None:
     assert len(parsed.of("script")) == len(parsed.of("style")) == 1
     style = page[page.index("<style>") : page.index("</style>")]
     assert "url(" not in style and "@import" not in style
+
+
+def write_samples(run: Path, *samples: Sample, adapter: bytes = b"tensors") -> None:
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter.safetensors").write_bytes(adapter)
+    digest = hashlib.sha256(b"tensors").hexdigest()
+    content = Samples(format_version=1, adapter_sha256=digest, max_new_tokens=9, samples=list(samples))
+    (run / "samples.json").write_text(json.dumps(content.model_dump()))
+
+
+def sample(**changes) -> Sample:
+    given = {"prompt": "say it", "expected": "yes\n", "base": "no", "adapter": "yes", "base_is_cut_off": True,
+             "adapter_is_cut_off": False}  # fmt: skip
+    return Sample(**{**given, **changes})

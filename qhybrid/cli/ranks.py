@@ -74,11 +74,17 @@ def announce_arms(setup: Setup) -> None:
         for arm in setup.arms
     ]
     sweep, num_arms = setup.sweep, len(setup.arms)
+    nums_rates = sorted({len(sweep.rates_of(arm.name)) for arm in setup.arms})
+    rates = (
+        _some(nums_rates[0], "learning rate")
+        if len(nums_rates) == 1
+        else (f"{nums_rates[0]} to {nums_rates[-1]} learning rates")
+    )
     click.echo(f"{num_arms} arms of {format_count(setup.parameters)} parameters; control: {sweep.control}")
     for line in columns(header, rows, left=2):
         click.echo(line)
     click.echo(
-        f"{len(setup.search)} runs to search {_some(len(sweep.learning_rates), 'learning rate')} with "
+        f"{len(setup.search)} runs to search {rates} with "
         f"{_some(len(sweep.seeds_of_search), 'seed')}; then {_some(len(sweep.seeds), 'seed')} at each arm's best"
     )
     click.echo(

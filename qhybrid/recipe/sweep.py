@@ -9,7 +9,7 @@ import difflib
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, field_validator, model_validator
 
 from qhybrid.recipe.band import BandSection, named_bands
 from qhybrid.recipe.excerpt import excerpt
@@ -44,9 +44,18 @@ BUILT_IN_ARMS = (
 )
 
 _ARM_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
-_OWNED = {"learning_rate": "sweep.learning_rates", "seed": "sweep.seeds"}  # what an arm's training cannot set
+# What an arm's training cannot set, and what does.
+_OWNED = {"learning_rate": "learning_rates, its own or the sweep's", "seed": "sweep.seeds, alike for all arms"}
 _MOST_RATES = 20
 _RATE_DIGITS = 3
+# A list, or {low, high, trials} for rates at equal ratios.
+_Rates = Annotated[
+    tuple[Annotated[float, Field(gt=0)], ...],
+    Field(min_length=1, max_length=_MOST_RATES, strict=False),
+    BeforeValidator(lambda value: _rates_between(value) if isinstance(value, dict) else value),
+    AfterValidator(lambda value: _without_doubles("learning_rates", value)),
+    or_also({"type": "object"}),
+]
 
 
 def is_uniform(word: str) -> bool:
@@ -65,6 +74,7 @@ class ArmSection(Section):
     schedule: Schedule | None = None
     ranks: DataRanks | None = None
     training: TrainingSection | None = None  # what differs from the recipe's
+    learning_rates: _Rates | None = None  # in the place of the sweep's
 
     @model_validator(mode="before")
     @classmethod
@@ -99,7 +109,7 @@ class ArmSection(Section):
             raise ValueError(f"name has no effect on {self.arm}, which is a group of arms")
         for field, place in _OWNED.items():
             if self.training is not None and field in self.training.model_fields_set:
-                raise ValueError(f"training.{field} of an arm is set by {place}, alike for all arms")
+                raise ValueError(f"training.{field} of an arm is set by {place}")
         return self
 
     @field_serializer("training")
@@ -159,12 +169,7 @@ class SweepSection(Section):
     target_modules: Annotated[tuple[str, ...], Field(strict=False), or_also({"type": "string"})] = ("all-linear",)
     arms: Annotated[tuple[_Arm, ...], Field(min_length=1, strict=False)]
     control: str = "uniform"  # the arm that all others are compared to
-    # A list, or {low, high, trials} for rates at equal ratios.
-    learning_rates: Annotated[
-        tuple[Annotated[float, Field(gt=0)], ...],
-        Field(min_length=1, max_length=_MOST_RATES, strict=False),
-        or_also({"type": "object"}),
-    ]
+    learning_rates: _Rates  # of every arm that has none of its own
     search_seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] | None = (
         None  # that the rates are compared with; the first of seeds
     )
@@ -182,19 +187,12 @@ class SweepSection(Section):
     def _one_target_needs_no_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("learning_rates", mode="before")
-    @classmethod
-    def _a_range_becomes_a_list(cls, value: Any) -> Any:
-        return _rates_between(value) if isinstance(value, dict) else value
-
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
         if (self.rank is None) == (self.parameters is None):
             raise ValueError("the budget is given by rank or by parameters: give one of them")
-        for name in ("learning_rates", "search_seeds", "seeds"):
-            values = getattr(self, name) or ()
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} has a value twice")
+        for name in ("search_seeds", "seeds"):
+            _without_doubles(name, getattr(self, name) or ())
         names = [arm.name for arm in self.all_arms]
         doubled = sorted({str(name) for name in names if names.count(name) > 1})
         if doubled:
@@ -214,10 +212,21 @@ class SweepSection(Section):
         arms = [member for arm in self.arms for member in arm.members]
         return tuple(sorted(arms, key=lambda arm: arm.name != self.control))
 
+    def rates_of(self, name: str) -> tuple[float, ...]:
+        """The learning rates that the arm of that name is tried with."""
+        arm = next(arm for arm in self.all_arms if arm.name == name)
+        return arm.learning_rates or self.learning_rates
+
     @property
     def seeds_of_search(self) -> tuple[int, ...]:
         """The seeds that learning rates are compared with."""
         return self.search_seeds or self.seeds[:1]
+
+
+def _without_doubles(name: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} has a value twice")
+    return values
 
 
 def _rates_between(given: dict[str, Any]) -> list[float]:

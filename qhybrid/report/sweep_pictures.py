@@ -142,7 +142,8 @@ def learning_rates(results: SweepResults, arms: Sequence[ArmResult]) -> Section 
         lines = [Line(results.control, curves[results.control], PLAIN, "dashed")]
         lines += [Line(arm.name, curve, ACCENT), Line(arm.name, curve, ACCENT, "dots")]
         best = "none finished" if arm.best_learning_rate is None else f"best at {arm.best_learning_rate:g}"
-        missing = ", ".join(f"{rate:g}" for rate in rates if rate not in dict(curve))
+        tried = sorted({run.learning_rate for run in results.runs_of(arm.name)})
+        missing = ", ".join(f"{rate:g}" for rate in tried if rate not in dict(curve))
         gone = f"; given up: {missing}" if missing else ""
         alt = f"{metric_words(metric)} of {arm.name} at {len(curve)} learning rates"
         pictures.append((f"{number} {arm.name}: {best}{gone}", draw_lines(lines, axes, alt=alt)))

@@ -99,7 +99,7 @@ def best_rate(setup: Setup, arm: str, outcomes: dict[RunKey, Outcome]) -> float 
     name, labels = setup.sweep.measure.metrics[0], setup.sweep.measure.labels or ()
     sign = 1 if name in LOWER_IS_BETTER else -1
     scores: dict[float, float] = {}
-    for rate in setup.sweep.learning_rates:
+    for rate in setup.sweep.rates_of(arm):
         ended = [outcomes[RunKey(arm, rate, seed)] for seed in setup.sweep.seeds_of_search]
         values = [value_of(name, one.rows, len(labels)) for one in ended if one.rows is not None]
         if len(values) == len(ended):

@@ -75,7 +75,7 @@ class Setup:
         return tuple(
             RunKey(arm.name, rate, seed)
             for arm in self.arms
-            for rate in self.sweep.learning_rates
+            for rate in self.sweep.rates_of(arm.name)
             for seed in self.sweep.seeds_of_search
         )
 
@@ -139,7 +139,7 @@ def set_up(
     arms = build_arms(recipe, found.spec)
     needed = {}
     for arm in arms:
-        one = resolve(arm.recipe(sweep.learning_rates[0], sweep.seeds[0], "run"))
+        one = resolve(arm.recipe(sweep.rates_of(arm.name)[0], sweep.seeds[0], "run"))
         try:
             check_inputs(one, loaded.folder)
         except QhybridError as error:
@@ -161,8 +161,8 @@ def set_up(
         own = plan.host if plan.device == "cpu" else plan.reserved + constants.CUDA_CONTEXT_BYTES
         needed[arm.name] = own
     cores = num_cores()
-    num_rates = len(sweep.learning_rates) * len(sweep.seeds_of_search)
-    at_once = num_at_once(list(needed.values()) * num_rates, found.free_bytes, cores, jobs)
+    runs = [needed[arm.name] for arm in arms for _ in sweep.rates_of(arm.name) for _ in sweep.seeds_of_search]
+    at_once = num_at_once(runs, found.free_bytes, cores, jobs)
     return Setup(
         loaded=loaded,
         arms=arms,

@@ -71,7 +71,7 @@ def summarise(setup: Setup, best: Mapping[str, float | None], outcomes: Mapping[
         control=sweep.control,
         parameters=setup.parameters,
         metrics=sweep.measure.metrics,
-        learning_rates=sweep.learning_rates,
+        learning_rates=tuple(sorted({rate for arm in setup.arms for rate in sweep.rates_of(arm.name)})),
         search_seeds=sweep.seeds_of_search,
         seeds=sweep.seeds,
         num_rows=setup.num_rows,
@@ -112,7 +112,7 @@ def _arm_result(
     compared: Mapping[str, Compared],
     runs: tuple[RunResult, ...],
 ) -> ArmResult:
-    rates = setup.sweep.learning_rates
+    rates = setup.sweep.rates_of(arm.name)
     planned = tuple(ModuleRank(row.layer, row.target, row.kind, row.target_rank) for row in arm.layout)
     peaks = [outcome.peak_bytes for outcome in counted.values() if outcome.peak_bytes is not None]
     gone = [run.status for run in runs if run.arm == arm.name and run.status != "finished"]
@@ -156,15 +156,18 @@ def _notes(
 ) -> tuple[str, ...]:
     """What a reader of the table must know."""
     sweep, notes = setup.sweep, []
-    rates = sweep.learning_rates
     edges = [f"{arm.name} ({arm.best_learning_rate:g})" for arm in arms if arm.is_best_at_edge]
     if edges:
         notes.append(
             f"the best learning rate is the lowest or highest that was tried, so a better one may lie beyond: "
             f"{', '.join(edges)}"
         )
-    if len(rates) == 1:
-        notes.append(f"one learning rate, {rates[0]:g}: it was not searched for, and may suit one arm more")
+    rates = {arm.name: sweep.rates_of(arm.name) for arm in arms}
+    alone = [f"{name} ({tried[0]:g})" for name, tried in rates.items() if len(tried) == 1]
+    if alone:
+        notes.append(f"the learning rate was not searched for, so another may be better: {', '.join(alone)}")
+    if len({len(tried) for tried in rates.values()}) > 1:
+        notes.append("some arms were tried with more learning rates than others, and so are tuned better")
     if len(sweep.seeds) == 1:
         notes.append("one seed: the intervals are over rows alone, and tell nothing of another seed")
     if setup.at_once > 1:

@@ -153,7 +153,11 @@ def test_the_sweep_reads_back_equal():
         "data": {"sources": "a", "eval_sources": "b"},
         "sweep": {
             "parameters": "20k",
-            "arms": ["uniform", "article", {"name": "mine", "adapters": own, "training": {"max_steps": 3}}],
+            "arms": [
+                "uniform",
+                "article",
+                {"name": "mine", "adapters": own, "training": {"max_steps": 3}, "learning_rates": [1e-5]},
+            ],
             "learning_rates": {"low": 1e-4, "high": 1e-2, "trials": 3},
             "measure": {"metrics": ["f1", "loss"], "labels": ["yes", "no"]},
         },
@@ -161,6 +165,8 @@ def test_the_sweep_reads_back_equal():
     }
     recipe, _ = parse_recipe(json.dumps(values), "r")
     assert recipe.sweep is not None and recipe.sweep.learning_rates == (1e-4, 1e-3, 1e-2)
+    assert recipe.sweep.rates_of("mine") == (1e-5,)
+    assert recipe.sweep.rates_of("article-low") == recipe.sweep.rates_of("uniform") == (1e-4, 1e-3, 1e-2)
     again, notices = parse_recipe(dump_recipe(recipe), "again")
     assert again == recipe and notices == []
     assert again.sweep is not None and again.sweep.arms[2].training.model_fields_set == {"max_steps"}

@@ -126,8 +126,9 @@ def front(results: SweepResults, arms: Sequence[ArmResult]) -> Section | None:
 
 
 def learning_rates(results: SweepResults, arms: Sequence[ArmResult]) -> Section | None:
-    """The search of each arm, on one scale; None where there was one rate only."""
-    if len(results.learning_rates) < 2:
+    """The search of each arm, on one scale; None where every arm had one rate only."""
+    tried = {arm.name: sorted({run.learning_rate for run in results.runs_of(arm.name)}) for arm in arms}
+    if all(len(rates) < 2 for rates in tried.values()):
         return None
     metric = results.metrics[0]
     curves = {arm.name: _curve(results, arm.name, metric) for arm in arms}
@@ -142,8 +143,7 @@ def learning_rates(results: SweepResults, arms: Sequence[ArmResult]) -> Section 
         lines = [Line(results.control, curves[results.control], PLAIN, "dashed")]
         lines += [Line(arm.name, curve, ACCENT), Line(arm.name, curve, ACCENT, "dots")]
         best = "none finished" if arm.best_learning_rate is None else f"best at {arm.best_learning_rate:g}"
-        tried = sorted({run.learning_rate for run in results.runs_of(arm.name)})
-        missing = ", ".join(f"{rate:g}" for rate in tried if rate not in dict(curve))
+        missing = ", ".join(f"{rate:g}" for rate in tried[arm.name] if rate not in dict(curve))
         gone = f"; given up: {missing}" if missing else ""
         alt = f"{metric_words(metric)} of {arm.name} at {len(curve)} learning rates"
         pictures.append((f"{number} {arm.name}: {best}{gone}", draw_lines(lines, axes, alt=alt)))

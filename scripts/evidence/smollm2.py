@@ -6,8 +6,8 @@
 TASK is mrpc or gsm8k; SOURCE is the folder with the task's data: train.jsonl and test.jsonl of MRPC with
 sentence1, sentence2 and label; train_2000.jsonl and validation_300.jsonl of GSM8K with question and answer.
 Neither is part of this project. The same command goes on where it was interrupted; at its end it writes
-docs/data/evidence/TASK_rankRANK/, which smollm2_tables.py shows. Rank 4 comes first: it searches each arm's learning
-rate, and the other ranks take what it found. Half an hour to an hour for each on two cores.
+docs/data/evidence/TASK_rankRANK/, which smollm2_tables.py shows. Rank 4 comes first: it searches each arm's
+learning rate, and the other ranks take what it found. Half an hour to an hour for each on two cores.
 """
 
 from __future__ import annotations

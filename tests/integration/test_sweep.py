@@ -19,8 +19,9 @@ from qhybrid.training.events import read_events
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model_folder):
-    """A recipe, and its sweep: two arms, two rates, two seeds."""
-    recipe = sweep_recipe(tmp_path_factory.mktemp("sweep"), tiny_model_folder)
+    """A recipe, and its sweep: two arms with two rates each, the second with its own; two seeds."""
+    arms = ["uniform", {"arm": "adalora-increasing", "learning_rates": [2e-3, 1e-2]}]
+    recipe = sweep_recipe(tmp_path_factory.mktemp("sweep"), tiny_model_folder, arms=arms)
     done = run_cli("ranks", "sweep", recipe, "--output", recipe.parent / "sweep")
     assert done.returncode == 0, done.stderr + done.stdout
     return recipe, recipe.parent / "sweep", done.stdout
@@ -33,6 +34,8 @@ def test_every_run_is_made_and_told(finished):
     assert len(results.runs) == 4 + 2  # two rates for each arm, and the second seed at the better one
     assert {run.status for run in results.runs} == {"finished"}
     assert [run.phase for run in results.runs] == ["search"] * 4 + ["final"] * 2
+    assert {run.learning_rate for run in results.runs_of("uniform")} == {1e-3, 5e-3}
+    assert {run.learning_rate for run in results.runs_of("adalora-increasing")} == {2e-3, 1e-2}
     for arm in results.arms:
         best = min(
             (run for run in results.runs_of(arm.name) if run.seed == 0), key=lambda run: run.metrics["loss"]
@@ -173,9 +176,10 @@ def test_a_foreign_folder_is_left_alone(tmp_path, tiny_model_folder):
 
 def test_a_dry_run_writes_nothing(tmp_path, tiny_model_folder):
     recipe = sweep_recipe(tmp_path, tiny_model_folder)
-    done = run_cli("ranks", "sweep", recipe, "--output", tmp_path / "sweep", "--dry-run")
-    assert done.returncode == 0 and "4 runs to search 2 learning rates with 1 seed; then 2 seeds" in done.stdout
-    assert "uniform             lora, uniform" in done.stdout and not (tmp_path / "sweep").exists()
+    one_rate = "sweep.arms=[uniform,{arm: random,learning_rates: [1e-3]}]"
+    done = run_cli("ranks", "sweep", recipe, one_rate, "--output", tmp_path / "sweep", "--dry-run")
+    assert done.returncode == 0 and "3 runs to search 1 to 2 learning rates with 1 seed; then 2" in done.stdout
+    assert "uniform  lora, uniform" in done.stdout and not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize(

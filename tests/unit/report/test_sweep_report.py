@@ -125,6 +125,17 @@ def test_one_rate_is_no_search(folder):
     assert '<section id="rates">' not in sweep_report(folder)
 
 
+def test_every_arm_has_its_own_rates(folder):
+    """One rate each, which another sweep found, is no search. What other arms were tried with is not a gap."""
+    own = {"worse": 1e-2, "uniform": 1e-3, "maybe": 1e-4, "better": 1e-3, "gone": 1e-2}
+    only = tuple(one for one in results().runs if one.learning_rate == own[one.arm])
+    write_results(results(runs=only), folder)
+    assert '<section id="rates">' not in sweep_report(folder)
+    write_results(results(runs=(*only, run("better", 2e-3, 0, 1.0))), folder)
+    text = PageText(sweep_report(folder)).text
+    assert "1 better: best at 0.001 " in text and "5 gone: none finished; given up: 0.01 " in text
+
+
 def test_nothing_finished(folder):
     gone = tuple(
         dataclasses.replace(one, metrics={}, differences={}, status="diverged", seconds=None, peak_bytes=None,

@@ -20,6 +20,8 @@ _MEANS = 40.0
 _BANDS = 20.0
 _AXIS = 34.0
 _KEY = 22.0  # height of the scale of colours
+_STEPS, _STEP, _GAP = 24, 6.0, 8.0  # of that scale
+_LETTER = 6.5  # width of a letter, about
 _MOST_NUMBERED = 48  # layers; beyond that the numbers in the cells are too small to read
 _MOST_LAYER_NAMES = 40
 _MOST_COLUMNS = 512  # beyond that only layers with adapters get one
@@ -123,7 +125,8 @@ def heat_map(
     width = _NAMES + len(grid.columns) * _CELL + (_MEANS if means else 6)
     top = _BANDS if grid.bands else 4.0
     bottom = top + len(grid.targets) * _CELL
-    picture = Picture(width, bottom + _AXIS + _KEY, alt, "map", scale=1.45)
+    key = _Key.of(shades, what)
+    picture = Picture(max(width, key.right), bottom + _AXIS + _KEY, alt, "map", scale=1.45)
     told = told or (lambda module, value: f"{module}: {text(value)}")
     _band_names(picture, grid, top, bottom)
     for row, target in enumerate(grid.targets):
@@ -149,7 +152,7 @@ def heat_map(
             picture.add("text", text(values[module]), into=cell, css=css, x=x + _CELL / 2, y=y + _CELL * 0.66)
         picture.add("title", told(module, values[module]), into=cell)
     _layer_axis(picture, grid, bottom)
-    _key(picture, shades, what, bottom + _AXIS + 4)
+    key.draw(picture, bottom + _AXIS + 4)
     return picture.markup()
 
 
@@ -168,7 +171,7 @@ def small_map(grid: Grid, values: Mapping[str, float], shades: Shades, *, alt: s
 def _band_names(picture: Picture, grid: Grid, top: float, bottom: float) -> None:
     for name, first, last in grid.bands:
         left, right = _NAMES + first * _CELL, _NAMES + (last + 1) * _CELL
-        most = int((right - left) / 6.5)  # letters
+        most = int((right - left) / _LETTER)  # letters
         shown = name if len(name) <= most else name[: max(1, most - 1)] + "…"
         picture.add("line", css="bracket", x1=left + 2, x2=right - 2, y1=top - 4, y2=top - 4)
         picture.label((left + right) / 2, top - 8, shown, "tick", "middle")
@@ -183,14 +186,30 @@ def _layer_axis(picture: Picture, grid: Grid, bottom: float) -> None:
     picture.label(_NAMES + len(grid.columns) * _CELL / 2, bottom + 29, "layer", "axis-label", "middle")
 
 
-def _key(picture: Picture, shades: Shades, what: str, y: float) -> None:
-    """The scale of colours with its ends, below the map on the left."""
-    steps, width = 24, 6.0
-    low, high = (tick_text(float(f"{end:.3g}")) for end in (shades.low, shades.high))
-    picture.label(_NAMES, y + 11, low, "tick")
-    left = _NAMES + 8 + 6.5 * len(low)
-    for step in range(steps):
-        colour = colour_of(step / (steps - 1), shades.scale)
-        picture.add("rect", x=left + step * width, y=y + 2, width=width + 0.3, height=11.0, fill=colour)
-    note = f"{high}  {what}" + (" (logarithmic)" if shades.log else "")
-    picture.label(left + steps * width + 8, y + 11, note, "tick")
+@dataclass(frozen=True)
+class _Key:
+    """The scale of colours with its ends, below the map on the left; it can be wider than a narrow map."""
+
+    scale: tuple[str, ...]
+    low: str
+    note: str
+
+    @classmethod
+    def of(cls, shades: Shades, what: str) -> _Key:
+        low, high = (tick_text(float(f"{end:.3g}")) for end in (shades.low, shades.high))
+        return cls(shades.scale, low, f"{high}  {what}" + (" (logarithmic)" if shades.log else ""))
+
+    @property
+    def left(self) -> float:
+        return _NAMES + _GAP + _LETTER * len(self.low)
+
+    @property
+    def right(self) -> float:
+        return self.left + _STEPS * _STEP + _GAP + _LETTER * len(self.note)
+
+    def draw(self, picture: Picture, y: float) -> None:
+        picture.label(_NAMES, y + 11, self.low, "tick")
+        for i in range(_STEPS):
+            colour, x = colour_of(i / (_STEPS - 1), self.scale), self.left + i * _STEP
+            picture.add("rect", x=x, y=y + 2, width=_STEP + 0.3, height=11.0, fill=colour)
+        picture.label(self.left + _STEPS * _STEP + _GAP, y + 11, self.note, "tick")

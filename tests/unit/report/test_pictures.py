@@ -148,6 +148,16 @@ def test_colours_become_lighter_from_end_to_end(scale):
         assert contrast >= 4.5
 
 
+def test_the_key_of_a_narrow_map_is_not_cut_off():
+    grid = Grid.of_places([(0, "q_proj"), (1, "q_proj")])
+    shades = Shades(1, 1234, log=True)
+    svg = ElementTree.fromstring(heat_map(grid, {}, shades, alt="a", what="of every module"))
+    note = next(text for text in svg.iter("text") if "of every module" in (text.text or ""))
+    assert note.text == "1,230  of every module (logarithmic)"
+    width = float(svg.attrib["viewBox"].split()[2])
+    assert width >= float(note.attrib["x"]) + 6 * len(note.text)
+
+
 def test_a_map_has_a_cell_for_each_module():
     layout = tiny_layout()
     grid = Grid.of(layout)

@@ -33,7 +33,7 @@ def layout_section(facts: RunFacts) -> Section | None:
         text=lambda size: f"{format_count(int(size))} parameters",
     )
     legend = [
-        Legend(f"{band}: {_kinds(layout, band)}", i % NUM_SERIES, "fill") for i, band in enumerate(layout.bands)
+        Legend(f"{band}: {kinds(layout, band)}", i % NUM_SERIES, "fill") for i, band in enumerate(layout.bands)
     ]
     blocks: list[Block] = [
         Figure(
@@ -50,7 +50,8 @@ def layout_section(facts: RunFacts) -> Section | None:
     return Section("layout", "Layout", text, blocks)
 
 
-def _kinds(layout: Layout, band: str) -> str:
+def kinds(layout: Layout, band: str) -> str:
+    """The kinds of adapters in a band, in words."""
     kinds = dict.fromkeys(KINDS.get(row.kind, row.kind) for row in layout.of_band(band))
     return " and ".join(kinds)
 
@@ -63,7 +64,7 @@ def _band_table(layout: Layout) -> Table:
         rows.append(
             (
                 band,
-                _kinds(layout, band)
+                kinds(layout, band)
                 + (f", LoRA+ ×{own[0].loraplus_lr_ratio:g}" if own[0].loraplus_lr_ratio != 1 else ""),
                 _targets(own, layout),
                 ", ".join(dict.fromkeys(row.init for row in own)),

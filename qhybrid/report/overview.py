@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from qhybrid.recipe.tasks import FOLDER
 from qhybrid.report.page import Card, Folded, Note, Section
 from qhybrid.report.ranks import moments
 from qhybrid.report.run_facts import RunFacts, number
@@ -107,11 +106,6 @@ def notes(facts: RunFacts) -> list[Note]:
         )
     elif facts.status == "running":
         found.append(Note("The run is going on; this is how far it was when the report was made.", "warning"))
-    if facts.tasks:
-        folder = facts.run.folder / FOLDER / facts.tasks[0]
-        names = ", ".join(facts.tasks)
-        how = f"each has a report: `qhybrid report {folder}`"
-        found.append(Note(f"The run trained an adapter for each of {names}; {how}."))
     found += [Note(text, tone) for text, tone in _happenings(facts)]
     found += [Note(problem, "warning") for problem in facts.problems]
     return found

@@ -18,6 +18,7 @@ from qhybrid.report.run_facts import read_run
 from qhybrid.report.samples import samples_section
 from qhybrid.report.spectra import measure, spectra_section
 from qhybrid.report.stages import stages_section
+from qhybrid.report.tasks import tasks_section
 
 
 def run_report(folder: Path, tell: Callable[[str], None] = lambda text: None) -> str:
@@ -37,6 +38,7 @@ def run_report(folder: Path, tell: Callable[[str], None] = lambda text: None) ->
     except QhybridError as error:
         problem = f"The adapter cannot be read: {error.message}."
     sections = [
+        tasks_section(facts),
         curves(facts),
         layout_section(facts),
         rank_section(facts),

@@ -24,13 +24,17 @@ from report_helpers import (
 )
 
 from qhybrid.architecture.bands import build_layout
+from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import spec_from_config
 from qhybrid.errors import RunFolderError
 from qhybrid.recipe.load import dump_recipe
 from qhybrid.report.colours import VIRIDIS
+from qhybrid.report.layout import KINDS
+from qhybrid.report.run_facts import read_run
 from qhybrid.report.run_report import run_report
 from qhybrid.report.samples import require_adapter
 from qhybrid.training.run import Run
+from qhybrid.units import format_count
 
 SECTIONS = {
     "training", "layout", "ranks", "stages", "importance", "spectra", "memory", "data", "samples", "settings",
@@ -282,15 +286,27 @@ def test_a_folder_with_hardly_anything(tmp_path):
         assert name in page
 
 
-def test_a_run_of_several_tasks_names_them(tmp_path):
+def test_a_run_of_several_tasks_shows_them_side_by_side(tmp_path):
     nothing = dict.fromkeys(("layout", "audit"))
     run = write_run(tmp_path / "run", **nothing, plan=plan_of(tiny_layout()), events=[])
     for name in ("b", "a"):
         write_run(run / "tasks" / name)
-    text = PageText(run_report(run)).text
-    assert f"for each of a, b; each has a report: qhybrid report {run / 'tasks' / 'a'} ." in text
+    half = tiny_layout().rows[:21]
+    write_run(run / "tasks" / "c", layout=Layout(half), figures=None, status="failed", events=[])
+    page = run_report(run)
+    require_self_contained(page)
+    text = PageText(page).text
+    assert f"Each task has a report of its own: qhybrid report {run / 'tasks' / 'a'} ." in text
+    a = read_run(run / "tasks" / "a")
+    first, last = a.events.in_order[0].loss, a.events.last_tenth_loss
+    held_out = a.figures["eval_loss"]
+    assert f"{format_count(tiny_layout().num_parameters)} {a.audit.totals['train_rows']} {STEPS}" in text
+    assert text.count(f" {STEPS} {first:.4f} {last:.4f} {held_out:.4f}") == 2
+    assert f"c failed {KINDS[half[0].kind]}" in text
+    dots = [line for line in told(page) if "held-out rows" in line]
+    assert any(line.startswith("a, ") for line in dots) and not any(line.startswith("c, ") for line in dots)
     assert "is not there" not in text
-    assert "fine-tuned to 2 tasks" in text and "optimizer steps" not in text and "no samples yet" not in text
+    assert "fine-tuned to 3 tasks" in text and "optimizer steps" not in text and "no samples yet" not in text
     with pytest.raises(RunFolderError, match="an adapter for each task"):
         require_adapter(Run(run))
     assert "mean of 5 steps" in PageText(run_report(run / "tasks" / "a")).text

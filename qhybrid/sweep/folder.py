@@ -23,6 +23,7 @@ from qhybrid.disk import write_atomically
 from qhybrid.errors import SweepError
 from qhybrid.recipe.load import dump_recipe, parse_recipe
 from qhybrid.recipe.schema import Recipe
+from qhybrid.sweep.results import RESULTS
 from qhybrid.training.claim import changes_between
 
 FORMAT_VERSION = 1
@@ -55,6 +56,7 @@ class SweepFolder:
     recipe_file = property(lambda self: self.path / "recipe.yaml")
     started_file = property(lambda self: self.path / "sweep.json")
     journal = property(lambda self: self.path / "optuna.journal")
+    results_file = property(lambda self: self.path / RESULTS)
     table_file = property(lambda self: self.path / "results.md")
 
     def run(self, name: str) -> Path:
@@ -86,21 +88,40 @@ class SweepFolder:
         content = {"format_version": FORMAT_VERSION, **asdict(started)}
         write_atomically(self.started_file, json.dumps(content, indent=2) + "\n")
 
-    def require_same(self, recipe: Recipe) -> None:
-        """Refuse to go on with another recipe, or other arms.
+    def go_on_with(self, recipe: Recipe) -> None:
+        """Take the recipe that the sweep is started with again: the same one, or one that asks for more runs.
 
         Raises:
-            SweepError: naming what has changed.
+            SweepError: it asks for other runs in the place of some; what has changed is named.
         """
         old, _ = parse_recipe(self.recipe_file.read_text(encoding="utf-8"), str(self.recipe_file))
-        changed = changes_between(old, recipe, _MAY_DIFFER)
+        grown = _grown(old, recipe)
+        changed = changes_between(grown, recipe, _MAY_DIFFER)
         if changed:
             more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise SweepError(
                 f"the sweep in {self.path} was started with another recipe ({'; '.join(changed[:5])}{more})",
-                hint=f"go on with the recipe it was started with ({self.recipe_file} shows it), or choose another "
-                "--output",
+                hint=f"go on with the recipe it was started with ({self.recipe_file} shows it), to which arms, "
+                "rates and seeds may be added, or choose another --output",
             )
+        if grown is not old:
+            self.results_file.unlink(missing_ok=True)  # before the recipe, which it would not be the results of
+            write_atomically(self.recipe_file, dump_recipe(recipe))
+
+
+def _grown(old: Recipe, new: Recipe) -> Recipe:
+    """`old` with the arms, rates and seeds of `new`, where all of its own runs are among those; else `old`."""
+    assert old.sweep is not None and new.sweep is not None
+    arms = {arm.name: arm.model_copy(update={"learning_rates": None}) for arm in new.sweep.all_arms}
+    for arm in old.sweep.all_arms:
+        if arms.get(arm.name) != arm.model_copy(update={"learning_rates": None}):
+            return old
+        if not set(old.sweep.rates_of(arm.name)) <= set(new.sweep.rates_of(arm.name)):
+            return old
+    if new.sweep.seeds[: len(old.sweep.seeds)] != old.sweep.seeds or old.sweep == new.sweep:
+        return old
+    more = {name: getattr(new.sweep, name) for name in ("arms", "learning_rates", "seeds")}
+    return old.model_copy(update={"sweep": old.sweep.model_copy(update=more)})
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from qhybrid.sweep.order import LOG, RUN, Order
 from qhybrid.sweep.outcome import Outcome, outcome_of, read_outcome, write_outcome
 from qhybrid.sweep.pool import Ended, Job, Pool, context
 from qhybrid.sweep.pruning import Pruner, RunTail
-from qhybrid.sweep.results import LOWER_IS_BETTER, RESULTS, SweepResults, read_results, write_results
+from qhybrid.sweep.results import LOWER_IS_BETTER, SweepResults, read_results, write_results
 from qhybrid.sweep.setup import PRELOAD, RunKey, Setup, set_up, settled, work
 from qhybrid.sweep.summary import summarise
 from qhybrid.sweep.text import as_markdown
@@ -40,7 +40,7 @@ def run_sweep(
     """Make all runs that the recipe's sweep asks for and that are not there yet, and write the results.
 
     Started again after an interruption of any kind, it goes on: runs that have ended are kept, and one that was
-    under way goes on from its newest checkpoint.
+    under way goes on from its newest checkpoint. So does a sweep that was given more arms, rates or seeds.
 
     Args:
         output: the sweep's folder.
@@ -57,8 +57,8 @@ def run_sweep(
     with stop_signals(lambda text: None), claimed(output) as folder:
         started = folder.started
         if started is not None:
-            folder.require_same(loaded.recipe)
-            if (folder.path / RESULTS).is_file():
+            folder.go_on_with(loaded.recipe)
+            if folder.results_file.is_file():
                 _say(console, f"{folder.path} holds the finished sweep of this recipe; nothing to do")
                 return read_results(folder.path)
         how = context(PRELOAD)

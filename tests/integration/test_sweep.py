@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,10 +111,28 @@ def test_results_that_were_lost_are_made_from_the_runs(finished):
     assert figures_of(read_results(folder)) == before
 
 
+def test_a_finished_sweep_grows(finished, tmp_path):
+    """Another arm: only its runs are made, and the others' figures stay. To go back is another sweep."""
+    recipe, folder, _ = finished
+    grown = Path(shutil.copytree(folder, tmp_path / "sweep"))
+    arms = ["uniform", {"arm": "adalora-increasing", "learning_rates": [2e-3, 1e-2]}]
+    more = json.dumps([*arms, {"arm": "random", "learning_rates": [1e-3]}])
+    done = run_cli("ranks", "sweep", recipe, f"sweep.arms={more}", "--output", grown)
+    assert done.returncode == 0, done.stderr
+    assert "5 runs, 4 of them are there" in done.stdout and "6 runs, 5 of them are there" in done.stdout
+    before, after = read_results(folder), read_results(grown)
+    assert [run for run in after.runs if run.arm != "random"] == list(before.runs)
+    assert after.arm("random").seeds == (0, 1) and after.arm("random").differences
+    assert after.arm("adalora-increasing").differences == before.arm("adalora-increasing").differences
+    done = run_cli("ranks", "sweep", recipe, "--output", grown)
+    assert done.returncode == 2 and "sweep.arms.2" in done.stderr and (grown / "results.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("sweep.seeds=[0,1,2]", "sweep.seeds.2: None → 2"),
+        ("sweep.seeds=[1,0]", "sweep.seeds.0: 0 → 1"),
+        ("sweep.learning_rates=[1e-3]", "sweep.learning_rates.1: 0.005 → None"),
         ("sweep.arms=[uniform,random]", "sweep.arms.1.arm: adalora-increasing → random"),
         ("training.max_steps=7", "training.max_steps: 6 → 7"),
         ("model.dtype=bfloat16", "model.dtype: float32 → bfloat16"),

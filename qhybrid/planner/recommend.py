@@ -200,9 +200,7 @@ def _plain_band(rank: _Told, *, rooted: bool) -> dict[str, _Told]:
 
 def _adalora_band(rank: _Told) -> dict[str, _Told]:
     """AdaLoRA, with an alpha for the rate that it shares with the LoRA bands."""
-    why = (
-        "12 times LoRA's: its best rate was 3 times LoRA's at 4 times the scale"
-    )
+    why = "12 times LoRA's: its best rate was 3 times LoRA's at 4 times the scale"
     return {
         "kind": ("adalora", "moves rank to where it is used; alone in all layers it was the best", _SMOLLM2),
         "rank": rank,

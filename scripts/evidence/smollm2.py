@@ -6,8 +6,7 @@
 TASK is mrpc or gsm8k; SOURCE is the folder with the task's data: train.jsonl and test.jsonl of MRPC with
 sentence1, sentence2 and label; train_2000.jsonl and validation_300.jsonl of GSM8K with question and answer.
 Neither is part of this project. The same command goes on where it was interrupted; at its end it writes
-docs/data/evidence/TASK_rankRANK/, which smollm2_tables.py shows. Rank 4 comes first: it searches each arm's
-learning rate, and the other ranks take what it found. Half an hour to an hour for each on two cores.
+docs/data/evidence/TASK_rankRANK/, which smollm2_tables.py shows. An hour for each on two cores.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import argparse
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,14 +23,12 @@ from torch.nn.functional import cross_entropy
 
 from qhybrid.cli.main import quiet_libraries
 from qhybrid.cli.ranks import announce_arms, show_results
-from qhybrid.recipe.load import LoadedRecipe, load_recipe
-from qhybrid.sweep.results import SweepResults, read_results
+from qhybrid.recipe.load import load_recipe
 from qhybrid.sweep.run import run_sweep
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parents[1] / "docs" / "data" / "evidence"
 TASKS = ("mrpc", "gsm8k")
-SEARCHED = 4  # the rank at which learning rates are searched
 
 
 class PlainLogProbs:
@@ -58,16 +54,6 @@ def prepare() -> None:
     trl.trainer.utils._ChunkedLogProbFunction = PlainLogProbs
 
 
-def with_rates(loaded: LoadedRecipe, found: SweepResults) -> LoadedRecipe:
-    """The recipe whose arms have the best rates of another sweep, and so no search."""
-    sweep = loaded.recipe.sweep
-    assert sweep is not None
-    best = {arm.name: arm.best_learning_rate for arm in found.arms}
-    arms = tuple(arm.model_copy(update={"learning_rates": (best[arm.name],)}) for arm in sweep.all_arms)
-    sweep = sweep.model_copy(update={"arms": arms})
-    return replace(loaded, recipe=loaded.recipe.model_copy(update={"sweep": sweep}))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="The sweeps of docs/evidence.md.")
     parser.add_argument("task", choices=TASKS)
@@ -89,11 +75,8 @@ def main() -> None:
         f"sweep.rank={options.rank}",
     ]
     name = f"{options.task}_rank{options.rank}"
-    loaded = load_recipe(str(recipe), overrides)
-    if options.rank != SEARCHED:
-        loaded = with_rates(loaded, read_results(OUTPUT / f"{options.task}_rank{SEARCHED}"))
     results = run_sweep(
-        loaded,
+        load_recipe(str(recipe), overrides),
         options.work / name,
         jobs=2,
         console=Console(),

@@ -1,4 +1,4 @@
-"""Optimizer parameter groups: LoRA+ learning rates, and no weight decay where it would do harm."""
+"""Optimizer parameter groups: learning rates of bands and of LoRA+, and no weight decay where it would do harm."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trained parameters in named groups, none of them empty.
 
-    LoRA+ (arXiv 2402.12354): B gets ratio times the rate of A. Magnitudes, Λ, P and Q get the plain rate, and
-    magnitudes and Λ no weight decay: it would pull ||W|| and the pruning decision towards zero.
+    All of a band gets `lr_ratio` times the rate. LoRA+ (arXiv 2402.12354): B gets ratio times the rate of A.
+    Magnitudes and Λ get no weight decay: it would pull ||W|| and the pruning decision towards zero.
 
     Args:
         adapter: peft's name of it.
@@ -28,20 +28,21 @@ def parameter_groups(
     members: dict[tuple[str, float, float], list[nn.Parameter]] = {}
 
     def add(name: str, ratio: float, decay: float, parameter: nn.Parameter) -> None:
+        name += f"×{ratio:g}" if ratio != 1 else ""
         members.setdefault((name, ratio, decay), []).append(parameter)
 
     for row, module in adapted_modules(model, layout):
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        ratio = row.lr_ratio
         if row.kind == "adalora":
-            add("adalora.PQ", 1.0, weight_decay, a)
-            add("adalora.PQ", 1.0, weight_decay, b)
-            add("adalora.lambda", 1.0, 0.0, module.lora_lambda[adapter])
+            add("adalora.PQ", ratio, weight_decay, a)
+            add("adalora.PQ", ratio, weight_decay, b)
+            add("adalora.lambda", ratio, 0.0, module.lora_lambda[adapter])
             continue
-        add("lora.A", 1.0, weight_decay, a)
-        name = "lora.B" if row.loraplus_lr_ratio == 1 else f"lora.B×{row.loraplus_lr_ratio:g}"
-        add(name, row.loraplus_lr_ratio, weight_decay, b)
+        add("lora.A", ratio, weight_decay, a)
+        add("lora.B", ratio * row.loraplus_lr_ratio, weight_decay, b)
         if row.kind == "dora":
-            add("dora.magnitude", 1.0, 0.0, module.lora_magnitude_vector[adapter].weight)
+            add("dora.magnitude", ratio, 0.0, module.lora_magnitude_vector[adapter].weight)
     return [
         {"params": parameters, "lr": learning_rate * ratio, "weight_decay": decay, "name": name}
         for (name, ratio, decay), parameters in members.items()

@@ -261,6 +261,7 @@ def _row(member: _Member, spec: ModelSpec, target_rank: int, init: str | None) -
         dropout=band.dropout,
         init="adalora" if band.kind == "adalora" else init or band.init or "kaiming",
         loraplus_lr_ratio=band.loraplus_lr_ratio,
+        lr_ratio=band.lr_ratio,
     )
 
 

@@ -36,4 +36,5 @@ def _joined(rows: list[LayoutRow]) -> LayoutRow:
         dropout=max(row.dropout for row in rows),
         init="none",
         loraplus_lr_ratio=1.0,
+        lr_ratio=1.0,
     )

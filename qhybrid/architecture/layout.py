@@ -37,6 +37,7 @@ class LayoutRow:
     dropout: Annotated[float, Field(ge=0, lt=1)]
     init: str
     loraplus_lr_ratio: float
+    lr_ratio: float = 1.0
 
     @property
     def num_parameters(self) -> int:
@@ -190,6 +191,7 @@ def _table_line(rows: list[LayoutRow]) -> tuple[str, ...]:
     layers = str(row.layer) if len(rows) == 1 else f"{row.layer}-{rows[-1].layer}"
     rank = _rank_text(row)
     kind = row.kind + (f" (LoRA+ {row.loraplus_lr_ratio:g})" if row.loraplus_lr_ratio != 1 else "")
+    kind += f" (rate ×{row.lr_ratio:g})" if row.lr_ratio != 1 else ""
     parameters = format_count(sum(r.num_parameters for r in rows))
     return (
         layers, row.target, row.band, kind, row.init, rank, f"{row.alpha:g}", f"{row.scaling:.4g}",

@@ -77,6 +77,7 @@ class BandSection(Section):
     target_modules: Annotated[tuple[str, ...], Field(strict=False), or_also({"type": "string"})] = ("all-linear",)
     # Of A, while B starts at zero; pissa trains W's principal part in place of a change. AdaLoRA has its own.
     init: Literal["kaiming", "gaussian", "pissa"] | None = None
+    lr_ratio: Annotated[float, Field(gt=0)] = 1.0  # the band's learning rate over training.learning_rate
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 1.0  # B's learning rate over A's
     # How the planner may lower the rank when the memory does not suffice (memory.on_exceed: cap_rank).
     min_rank: Annotated[int, Field(ge=1)] | None = None  # 4, or the rank where that is less

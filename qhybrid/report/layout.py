@@ -65,7 +65,8 @@ def _band_table(layout: Layout) -> Table:
             (
                 band,
                 kinds(layout, band)
-                + (f", LoRA+ ×{own[0].loraplus_lr_ratio:g}" if own[0].loraplus_lr_ratio != 1 else ""),
+                + (f", LoRA+ ×{own[0].loraplus_lr_ratio:g}" if own[0].loraplus_lr_ratio != 1 else "")
+                + (f", rate ×{own[0].lr_ratio:g}" if own[0].lr_ratio != 1 else ""),
                 _targets(own, layout),
                 ", ".join(dict.fromkeys(row.init for row in own)),
                 f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else str(layers[0]),

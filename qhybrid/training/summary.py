@@ -88,6 +88,7 @@ def announce(
         if first.kind == "adalora":
             rank += f"→{_span(row.target_rank for row in rows)}"
         plus = f", LoRA+ ratio {first.loraplus_lr_ratio:g}" if first.loraplus_lr_ratio != 1 else ""
+        plus += f", learning rate ×{first.lr_ratio:g}" if first.lr_ratio != 1 else ""
         line(
             f"band     {band}: {first.kind} rank {rank}{plus}, layers {first.layer}-{last.layer}, "
             f"{len(rows)} modules"

@@ -101,10 +101,11 @@ class BandedTrainer(StagedTrainer):
         if is_optimizer_factory(optimizer_class) or {"params", "model", "optimizer_dict"} & settings.keys():
             # GaLore, LOMO, Muon and their kin make their own groups.
             wants_gradients = self.recipe.training.preconditioner is not None
-            if wants_gradients or any(row.loraplus_lr_ratio != 1 or row.kind == "adalora" for row in self.layout):
+            has_rates = any(row.loraplus_lr_ratio != 1 or row.lr_ratio != 1 for row in self.layout)
+            if wants_gradients or has_rates or any(row.kind == "adalora" for row in self.layout):
                 raise RecipeError(
                     f"training.optim {self.recipe.training.optim} makes its own parameter groups, or consumes "
-                    "gradients as they come: LoRA+ rates, AdaLoRA and a preconditioner do not work with it",
+                    "gradients as they come: lr_ratio, LoRA+, AdaLoRA and a preconditioner do not work with it",
                     hint="choose another optimizer, or leave those out",
                 )
             return super().create_optimizer(model)

@@ -183,14 +183,14 @@ def test_a_regulariser_of_zero_leaves_it_out(tmp_path, tiny_model_folder):
 
 
 def test_early_stopping_and_the_best_checkpoint(tmp_path, tiny_model_folder):
-    """With a learning rate that ruins the model, evaluation gets worse; the best adapter is the first one."""
+    """Two evaluations without a gain of 1 end the run; of a ruinous learning rate the first adapter is the best."""
     loaded = run_recipe(
         tmp_path,
         tiny_model_folder,
         adapters=[{"kind": "lora", "rank": 4}],
         training={
             "max_steps": 40,
-            "learning_rate": 2.0,
+            "learning_rate": 200.0,
             "max_grad_norm": 0.0,
             "eval_strategy": "steps",
             "eval_steps": 2,
@@ -200,11 +200,12 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path, tiny_model_folder):
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
             "early_stopping_patience": 2,
+            "early_stopping_threshold": 1.0,
         },
     )
     result = run_sft(loaded, console=QUIET)
     losses = {r["step"]: r["eval_loss"] for r in read_events(result.run.events_file, "evaluation")}
-    assert max(losses) < 40
+    assert list(losses) == [2, 4, 6]
     best = min(losses, key=losses.get)
     saved = load_file(result.run.checkpoints / f"checkpoint-{best}" / "adapter.safetensors")
     final = load_file(result.run.adapter / "adapter.safetensors")

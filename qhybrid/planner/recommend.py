@@ -32,8 +32,7 @@ _MICRO_BATCH, _ACCUMULATION = 4, 4
 _ALPHA = 32.0
 # rsLoRA with this alpha has the scale of LoRA with alpha 32 at rank 16: 8/√16 = 32/16.
 _RSLORA_ALPHA = 8.0
-# On SmolLM2 AdaLoRA's best rate was three times LoRA's, at four times its scale. Adam moves Λ by the rate, and
-# alpha multiplies it.
+# On SmolLM2 AdaLoRA's best rate was three times LoRA's, at four times its scale.
 _ADALORA_RATE, _ADALORA_SCALE = 3.0, 4.0
 # Of the decoder's linears: QLoRA's 13B models lie below the second and its 33B models above it.
 _SMALL_MODEL, _LARGE_MODEL = 5e9, 20e9
@@ -199,12 +198,12 @@ def _plain_band(rank: _Told, *, rooted: bool) -> dict[str, _Told]:
 
 
 def _adalora_band(rank: _Told) -> dict[str, _Told]:
-    """AdaLoRA, with an alpha for the rate that it shares with the LoRA bands."""
-    why = "12 times LoRA's: its best rate was 3 times LoRA's at 4 times the scale"
+    """AdaLoRA, at a rate of its own."""
     return {
         "kind": ("adalora", "moves rank to where it is used; alone in all layers it was the best", _SMOLLM2),
         "rank": rank,
-        "alpha": (_ALPHA * _ADALORA_RATE * _ADALORA_SCALE, why, _SMOLLM2),
+        "alpha": (_ALPHA * _ADALORA_SCALE, "4 times LoRA's: Λ starts at zero, and P and Q small", _SMOLLM2),
+        "lr_ratio": (_ADALORA_RATE, "its best rate was 3 times LoRA's", _SMOLLM2),
         "adalora.init_rank": (rank[0] * 3 // 2, "1.5 times the rank at the end", _ADALORA),
         "adalora.warmup": (0.1, "a tenth of the steps with all triplets, to score them", _THUMB),
         "adalora.final": (0.3, "three tenths of the steps with the final ranks", _THUMB),
@@ -291,9 +290,3 @@ def _adalora_notes(bands: list[BandSection], rate: float) -> Iterator[str]:
         "Worth a third run: AdaLoRA in all layers at a rate of its own, the best on SmolLM2 (docs/evidence.md): "
         f"adapters=[{{{override}}}] training.learning_rate={rate * _ADALORA_RATE:g}"
     )
-    # P and Q start at N(0, 0.02²), where bfloat16 numbers lie up to 2^-12 apart. Adam moves them by the rate.
-    if rate < 2**-13:
-        yield (
-            f"At a rate of {rate:g} bfloat16 rounds away part of what P and Q learn in the AdaLoRA band; "
-            "model.adapter_dtype: float32 keeps it, for 8 more bytes for each trained parameter."
-        )

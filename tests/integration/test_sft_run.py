@@ -183,7 +183,7 @@ def test_a_regulariser_of_zero_leaves_it_out(tmp_path, tiny_model_folder):
 
 
 def test_early_stopping_and_the_best_checkpoint(tmp_path, tiny_model_folder):
-    """Two evaluations without a gain of 1 end the run; of a ruinous learning rate the first adapter is the best."""
+    """Two evaluations without a gain of 1 end the run. With this rate the first adapter is the best."""
     loaded = run_recipe(
         tmp_path,
         tiny_model_folder,

@@ -13,11 +13,12 @@ from qhybrid.sweep.text import legend
 DATA = Path(__file__).resolve().parents[2] / "docs" / "data" / "evidence"
 
 
-def cell(arm: ArmResult, metric: str, control: str) -> str:
+def cell(results: SweepResults, name: str, metric: str) -> str:
     """The difference to the control with its interval, or the control's own mean."""
-    if metric not in arm.metrics:
-        return arm.status
-    if arm.name == control:
+    arm = arm_of(results, name)
+    if arm is None or metric not in arm.metrics:
+        return arm.status if arm else "–"
+    if arm.is_control:
         return f"{arm.metrics[metric].mean:.4f}"
     one = arm.differences[metric]
     return f"{one.mean:+.4f} ({one.low:+.4f} to {one.high:+.4f}){' ●' * one.is_clear}"
@@ -27,21 +28,28 @@ def show(task: str, by_rank: dict[int, SweepResults]) -> None:
     """One table for each metric: arms by ranks."""
     ranks = sorted(by_rank)
     first = by_rank[ranks[0]]
+    names = dict.fromkeys(arm.name for rank in ranks for arm in by_rank[rank].arms)
     for metric in first.metrics:
         print(f"\n**{task}, {metric}**\n\n| arm | {' | '.join(f'rank {rank}' for rank in ranks)} |")
         print(f"|---{'|---' * len(ranks)}|")
-        for arm in first.arms:
-            cells = [cell(by_rank[rank].arm(arm.name), metric, first.control) for rank in ranks]
-            print(f"| {arm.name} | {' | '.join(cells)} |")
+        for name in names:
+            print(f"| {name} | {' | '.join(cell(by_rank[rank], name, metric) for rank in ranks)} |")
     print(f"\n| arm | {' | '.join(f'rate, seconds, MiB at rank {rank}' for rank in ranks)} |")
     print(f"|---{'|---' * len(ranks)}|")
-    for arm in first.arms:
-        print(f"| {arm.name} | {' | '.join(cost(by_rank[rank].arm(arm.name)) for rank in ranks)} |")
+    for name in names:
+        print(f"| {name} | {' | '.join(cost(arm_of(by_rank[rank], name)) for rank in ranks)} |")
     print(f"\n{legend(first)}")
 
 
-def cost(arm: ArmResult) -> str:
+def arm_of(results: SweepResults, name: str) -> ArmResult | None:
+    """The arm of that name, if it was swept."""
+    return next((arm for arm in results.arms if arm.name == name), None)
+
+
+def cost(arm: ArmResult | None) -> str:
     """What the arm took, at which rate."""
+    if arm is None:
+        return "–"
     if arm.best_learning_rate is None or arm.seconds is None or arm.peak_bytes is None:
         return arm.status
     edge = " !" if arm.is_best_at_edge else ""

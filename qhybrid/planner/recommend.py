@@ -105,7 +105,7 @@ def recommend(spec: ModelSpec, *, task: str, rows: int, tokens_per_row: int | No
     epochs = 3 if rows < 10_000 else 2 if rows < 50_000 else 1
     steps = epochs * -(-rows // (_MICRO_BATCH * _ACCUMULATION))  # rounded up, exact for any size
     rate = _learning_rate(spec)
-    rank = _middle_rank(spec, name, rows * per_row)
+    rank = _rank(spec, name, rows * per_row)
     bands: list[BandSection] = []
     choices: list[Choice] = []
     few_steps = f"{steps} optimizer steps are too few for AdaLoRA to score triplets and drop some"
@@ -165,8 +165,8 @@ def _highest_rank(spec: ModelSpec) -> int:
     return min(MAX_RANK, side // 2 // MULTIPLE * MULTIPLE)
 
 
-def _middle_rank(spec: ModelSpec, task: str, tokens: int) -> _Told:
-    """The rank before the bands differ, in doublings: the argument is good for an order of magnitude."""
+def _rank(spec: ModelSpec, task: str, tokens: int) -> _Told:
+    """The rank of all bands, in doublings: the argument is good for an order of magnitude."""
     floor, highest, per_rank = _PROFILES[task].floor, _highest_rank(spec), _per_rank(spec)
     rank = min(floor, highest)
     while rank < highest and rank * per_rank < tokens:

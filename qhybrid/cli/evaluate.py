@@ -82,6 +82,8 @@ def command(
     generates = not no_generation and not words
     if answer_after is not None and not generates:
         raise DataError("--answer-after has no effect without generation", hint="leave it out")
+    if answer_after == "":
+        raise DataError("--answer-after is empty", hint="give the text that results stand after, such as '####'")
     if predictions and words:
         raise DataError(
             "--predictions are generated answers, and --labels generates none", hint="give one of them"

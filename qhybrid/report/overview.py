@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from qhybrid.report.curves import resume_marks
 from qhybrid.report.page import Card, Folded, Note, Section
-from qhybrid.report.ranks import moments
+from qhybrid.report.ranks import kept_moment, moments
 from qhybrid.report.run_facts import RunFacts, number
 from qhybrid.units import format_bytes, format_count, format_duration
 
@@ -83,8 +84,11 @@ def cards(facts: RunFacts) -> list[Card]:
         first = f"mean of the last tenth; {events.in_order[0].loss:.4f} at the first step"
         found.append(Card("Training loss", f"{events.last_tenth_loss:.4f}", first))
         seconds, tokens = (sum(getattr(step, name) for step in events.in_order) for name in ("seconds", "tokens"))
-        time = format_duration(number(facts.figures.get("seconds"), seconds))
-        found.append(Card("Time", time, _steps(facts)))
+        if resume_marks(facts):  # the run knows the time since its last start alone
+            time, note = seconds, f"of {_steps(facts)}, over all starts"
+        else:
+            time, note = number(facts.figures.get("seconds"), seconds), _steps(facts)
+        found.append(Card("Time", format_duration(time), note))
         if seconds > 0 and tokens:
             found.append(Card("Tokens a second", f"{tokens / seconds:,.1f}", f"{format_count(tokens)} in all"))
     main = facts.expected.counts if facts.expected else "process_bytes"
@@ -92,7 +96,7 @@ def cards(facts: RunFacts) -> list[Card]:
         planned = f"planned {format_bytes(facts.expected.needed_bytes)}" if facts.expected else ""
         found.append(Card("Memory at the peak", format_bytes(facts.peaks[main]), planned))
     if facts.layout is not None:
-        ranks = f"{format_count(moments(facts)[-1].total)} ranks in all"
+        ranks = f"{format_count(kept_moment(facts, moments(facts)).total)} ranks in all"
         found.append(Card("Adapted modules", format_count(len(facts.layout)), ranks))
     return found
 

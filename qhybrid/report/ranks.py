@@ -12,7 +12,7 @@ from qhybrid.report.curves import legend_of, resume_marks
 from qhybrid.report.heat_map import Grid, Shades, heat_map, small_map
 from qhybrid.report.line_chart import Line, line_chart
 from qhybrid.report.page import Block, Figure, Gallery, Section
-from qhybrid.report.run_facts import RunFacts
+from qhybrid.report.run_facts import RunFacts, number
 from qhybrid.units import format_count
 
 _MOST_FRAMES = 60
@@ -50,6 +50,12 @@ def moments(facts: RunFacts) -> list[Moment]:
         if not found or ranks != found[-1].ranks:
             found.append(Moment(step, dict(ranks)))
     return found
+
+
+def kept_moment(facts: RunFacts, found: Sequence[Moment]) -> Moment:
+    """The ranks of the adapter that was kept: the last, or with load_best_model_at_end those of the best step."""
+    step = number(facts.figures.get("adapter_of_step"), found[-1].step)
+    return [moment for moment in found if moment.step <= step][-1]
 
 
 def rank_section(facts: RunFacts) -> Section | None:
@@ -123,6 +129,9 @@ def _words(facts: RunFacts, found: Sequence[Moment]) -> str:
     extremes = _extremes((row for row in facts.layout if row.module in moving), last) if moving else ""
     if extremes:
         text += f" Of these,{extremes}"
+    kept = kept_moment(facts, found)
+    if kept is not last:
+        text += f" The adapter that was kept is an earlier one, with {format_count(kept.total)} ranks."
     late = [s for s in facts.events.schedules.values() if facts.events.last_step < s.total_steps - s.final_steps]
     if late:
         text += f" The final choice of {', '.join(s.band for s in late)} was not reached."
@@ -165,12 +174,12 @@ def _budget(facts: RunFacts, found: Sequence[Moment]) -> Figure:
     assert facts.layout is not None
     end = max(found[-1].step, facts.events.last_step)
     lines = []
-    for number, band in enumerate(facts.layout.bands):
+    for colour, band in enumerate(facts.layout.bands):
         names = {row.module for row in facts.layout.of_band(band)}
         totals = [(float(m.step), float(sum(m.ranks[name] for name in names))) for m in found]
         if totals[0][1] == min(total for _, total in totals) == max(total for _, total in totals):
             continue
-        lines.append(Line(band, [*totals, (float(end), totals[-1][1])], number % NUM_SERIES, "steps"))
+        lines.append(Line(band, [*totals, (float(end), totals[-1][1])], colour % NUM_SERIES, "steps"))
         schedule = facts.events.schedules.get(band)
         if schedule is not None:
             target = float(schedule.target_budget)

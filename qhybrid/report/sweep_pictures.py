@@ -156,12 +156,13 @@ def learning_rates(results: SweepResults, arms: Sequence[ArmResult]) -> Section 
 
 
 def _curve(results: SweepResults, arm: str, metric: str) -> list[tuple[float, float]]:
-    """(rate, mean metric) of the rates at which a run of the search finished."""
+    """(rate, mean metric) of the rates at which all runs of the search finished: those the best was chosen of."""
     found: dict[float, list[float]] = {}
     for run in results.runs_of(arm):
         if run.seed in results.search_seeds and metric in run.metrics:
             found.setdefault(run.learning_rate, []).append(run.metrics[metric])
-    return [(rate, sum(values) / len(values)) for rate, values in sorted(found.items())]
+    whole = len(results.search_seeds)
+    return [(rate, sum(values) / whole) for rate, values in sorted(found.items()) if len(values) == whole]
 
 
 def rank_maps(arms: Sequence[ArmResult]) -> Section | None:

@@ -65,13 +65,23 @@ class Arm:
         return self.template.model_copy(update=update)
 
 
-def budget_of(sweep: SweepSection, recipe: Recipe, spec: ModelSpec) -> int:
-    """The parameters that every arm has: of LoRA of rank `sweep.rank` on all target modules, or those given."""
+def budget_of(recipe: Recipe, spec: ModelSpec) -> int:
+    """The parameters that every arm has: of LoRA of rank `sweep.rank` on all target modules, or those given.
+
+    Raises:
+        SweepError: the model has no such modules, or they are too small for the rank.
+    """
+    sweep = recipe.sweep
+    assert sweep is not None
     if sweep.parameters is not None:
         return sweep.parameters
     assert sweep.rank is not None
     band = {"band": "all", "rank": sweep.rank, "target_modules": sweep.target_modules}
-    return parameters_at_end(build_layout(_composed(recipe, adapters=[band]), spec))
+    try:
+        return parameters_at_end(build_layout(_composed(recipe, adapters=[band], stages=[]), spec))
+    except QhybridError as error:
+        at = ("sweep", "target_modules" if "target_modules" in error.at else "rank")
+        raise SweepError(f"the budget of the sweep: {error.message}", hint=error.hint, at=at) from None
 
 
 def build_arms(recipe: Recipe, spec: ModelSpec) -> tuple[Arm, ...]:
@@ -82,7 +92,7 @@ def build_arms(recipe: Recipe, spec: ModelSpec) -> tuple[Arm, ...]:
     """
     sweep = recipe.sweep
     assert sweep is not None
-    parameters = budget_of(sweep, recipe, spec)
+    parameters = budget_of(recipe, spec)
     return tuple(_build(arm, sweep, recipe, spec, parameters) for arm in sweep.all_arms)
 
 

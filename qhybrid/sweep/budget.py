@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ def at_budget(recipe: Recipe, spec: ModelSpec, parameters: int, arm: str) -> Equ
     """The recipe with ranks that make `parameters` at the end, within `rounding`; their proportions stay.
 
     A budget over all bands is set. Bands with ranks of their own get them scaled, layer by layer, where every
-    layer has a single rank; an alpha of theirs is scaled with them, so that s = alpha/r stays.
+    layer has a single rank; an alpha of theirs is scaled with them, so that s stays.
 
     Raises:
         SweepError: it has a budget of its own that differs, or ranks that cannot be scaled.
@@ -64,11 +65,11 @@ def at_budget(recipe: Recipe, spec: ModelSpec, parameters: int, arm: str) -> Equ
         found, note = _with_budget(recipe, parameters - _fixed(layout)), ""
     else:
         weights = _ranks_by_layer(layout)
-        if weights is None:
+        if weights is None or any(band.schedule is not None for band in recipe.adapters):
             raise _unequal(
                 arm, layout, parameters,
-                "a layer of it has modules of several ranks, so they are not scaled: give ranks that make the "
-                "budget, or one schedule over all bands",
+                "a layer of it has modules of several ranks, or a band a schedule of its own, so they are not "
+                "scaled: give ranks that make the budget, or one schedule over all bands",
             )  # fmt: skip
         share = (parameters - _fixed(layout)) / (parameters_at_end(layout) - _fixed(layout))
         found = _scaled(recipe, weights, parameters - _fixed(layout), share)
@@ -101,22 +102,24 @@ def _with_budget(recipe: Recipe, budget: int) -> Recipe:
 
 
 def _ranks_by_layer(layout: Layout) -> tuple[float, ...] | None:
-    """The one rank that each adapted layer has; None where a layer has several."""
+    """The one rank of each adapted layer; None where a layer has several."""
     ranks: dict[int, set[int]] = {}
     for row in layout:
         ranks.setdefault(row.layer, set()).add(row.target_rank)
-    if any(len(found) > 1 for found in ranks.values()) or len(ranks) < 2:
+    if any(len(found) > 1 for found in ranks.values()):
         return None
     return tuple(float(next(iter(ranks[layer]))) for layer in sorted(ranks))
 
 
 def _scaled(recipe: Recipe, weights: tuple[float, ...], budget: int, share: float) -> Recipe:
-    schedule = {"name": "custom", "weights": weights, "budget": max(1, budget)}
+    # Over the depth only where there is one.
+    shape = {"name": "custom", "weights": weights} if len(weights) > 1 else {"name": "uniform"}
+    schedule = {**shape, "budget": max(1, budget)}
     bands = []
     for band in recipe.adapters:
         update: dict[str, Any] = {}
         if band.alpha is not None:
-            update["alpha"] = band.alpha * share
+            update["alpha"] = band.alpha * (math.sqrt(share) if band.kind == "rslora" else share)
         if band.kind == "adalora":  # the initial rank is told for the default rank, and keeps its ratio
             default = BandSection.model_fields["rank"].default
             settings = band.adalora_settings

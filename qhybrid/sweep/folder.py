@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -23,13 +24,14 @@ from qhybrid.disk import write_atomically
 from qhybrid.errors import SweepError
 from qhybrid.recipe.load import dump_recipe, parse_recipe
 from qhybrid.recipe.schema import Recipe
+from qhybrid.recipe.sweep import ArmSection
 from qhybrid.sweep.results import RESULTS
 from qhybrid.training.claim import changes_between
 
 FORMAT_VERSION = 1
 _MAY_DIFFER = (
     "output_dir", "training.logging_steps", "training.report_to", "training.run_name", "training.save_total_limit",
-    "training.save_steps", "training.save_strategy", "memory.vram",
+    "memory.vram",
 )  # fmt: skip
 
 
@@ -83,13 +85,23 @@ class SweepFolder:
         raise SweepError(f"not what a sweep writes: {fault}", where=str(self.started_file))
 
     def begin(self, recipe: Recipe, started: Started) -> None:
-        """Write what the sweep is started with; sweep.json last, so that it says that all is there."""
-        write_atomically(self.recipe_file, dump_recipe(recipe))
+        """Write what the sweep is started with; sweep.json last, so that it says that all is there.
+
+        Raises:
+            SweepError: there is another recipe.yaml, which would be lost.
+        """
+        text = dump_recipe(recipe)
+        if self.recipe_file.exists() and self.recipe_file.read_text(encoding="utf-8") != text:
+            raise SweepError(
+                f"{self.recipe_file} is not from a sweep of this recipe",
+                hint="choose another --output; nothing was changed",
+            )
+        write_atomically(self.recipe_file, text)
         content = {"format_version": FORMAT_VERSION, **asdict(started)}
         write_atomically(self.started_file, json.dumps(content, indent=2) + "\n")
 
-    def go_on_with(self, recipe: Recipe) -> None:
-        """Take the recipe that the sweep is started with again: the same one, or one that asks for more runs.
+    def is_grown(self, recipe: Recipe) -> bool:
+        """Whether the recipe that the sweep is started with again asks for more runs. Changes nothing.
 
         Raises:
             SweepError: it asks for other runs in the place of some; what has changed is named.
@@ -104,17 +116,20 @@ class SweepFolder:
                 hint=f"go on with the recipe it was started with ({self.recipe_file} shows it), to which arms, "
                 "rates and seeds may be added, or choose another --output",
             )
-        if grown is not old:
-            self.results_file.unlink(missing_ok=True)  # before the recipe, which it would not be the results of
-            write_atomically(self.recipe_file, dump_recipe(recipe))
+        return grown is not old
+
+    def grow(self, recipe: Recipe) -> None:
+        """Take a recipe that `is_grown`, once it is known that its sweep can be made."""
+        self.results_file.unlink(missing_ok=True)  # before the recipe, which it would not be the results of
+        write_atomically(self.recipe_file, dump_recipe(recipe))
 
 
 def _grown(old: Recipe, new: Recipe) -> Recipe:
     """`old` with the arms, rates and seeds of `new`, where all of its own runs are among those; else `old`."""
     assert old.sweep is not None and new.sweep is not None
-    arms = {arm.name: arm.model_copy(update={"learning_rates": None}) for arm in new.sweep.all_arms}
+    arms = {arm.name: _without_rates(arm) for arm in new.sweep.all_arms}
     for arm in old.sweep.all_arms:
-        if arms.get(arm.name) != arm.model_copy(update={"learning_rates": None}):
+        if arms.get(arm.name) != _without_rates(arm):
             return old
         if not set(old.sweep.rates_of(arm.name)) <= set(new.sweep.rates_of(arm.name)):
             return old
@@ -122,6 +137,11 @@ def _grown(old: Recipe, new: Recipe) -> Recipe:
         return old
     more = {name: getattr(new.sweep, name) for name in ("arms", "learning_rates", "seeds")}
     return old.model_copy(update={"sweep": old.sweep.model_copy(update=more)})
+
+
+def _without_rates(arm: ArmSection) -> dict[str, Any]:
+    """What the arm trains, as values: models are equal also where one leaves out what the other sets."""
+    return arm.model_dump(mode="json", exclude={"learning_rates"})
 
 
 @contextmanager

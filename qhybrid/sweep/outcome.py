@@ -67,6 +67,7 @@ def outcome_of(
     until: int | None = None,
     peak_bytes: int | None = None,
     rows: RowFigures | None = None,
+    adapter_of_step: int | None = None,
     note: str = "",
 ) -> Outcome:
     """What a run's log says, as an outcome.
@@ -74,6 +75,7 @@ def outcome_of(
     Args:
         process_seconds: since its process was started.
         until: the last step that counts; all when left out.
+        adapter_of_step: the step whose adapter was kept and scored; the last one when left out.
     """
     events = run.events_file
     last = {record["step"]: record for record in _logged(events, "step", until)}  # resumed runs log some twice
@@ -82,7 +84,7 @@ def outcome_of(
     seconds = sum(record["seconds"] for record in last.values()) + _seconds_of_ranking(events)
     layout = None
     if rows is not None:
-        layout = _at_the_end(run, last[max(last)].get("live_ranks", {}))
+        layout = _at_the_end(run, last[adapter_of_step or max(last)].get("live_ranks", {}))
     return Outcome(
         status=status,
         step=max(last, default=0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qhybrid.disk import write_atomically
-from qhybrid.errors import TrainingError
+from qhybrid.errors import SweepError, TrainingError
 from qhybrid.recipe.load import LoadedRecipe
 from qhybrid.sweep.folder import SweepFolder, claimed
 from qhybrid.sweep.measures import value_of
@@ -56,16 +57,17 @@ def run_sweep(
     loaded = settled(loaded)
     with stop_signals(lambda text: None), claimed(output) as folder:
         started = folder.started
-        if started is not None:
-            folder.go_on_with(loaded.recipe)
-            if folder.results_file.is_file():
-                _say(console, f"{folder.path} holds the finished sweep of this recipe; nothing to do")
-                return read_results(folder.path)
+        is_grown = started is not None and folder.is_grown(loaded.recipe)
+        if started is not None and not is_grown and folder.results_file.is_file():
+            _say(console, f"{folder.path} holds the finished sweep of this recipe; nothing to do")
+            return read_results(folder.path)
         how = context(PRELOAD)
         date = started.date if started else datetime.date.today().isoformat()
         setup = set_up(loaded, how, jobs=jobs, date=date, started=started, prepare=prepare)
         if started is None:
             folder.begin(loaded.recipe, setup.started)
+        elif is_grown:
+            folder.grow(loaded.recipe)
         announce(setup)
         runs = _Runs(setup, folder, Pool(how, setup.at_once, setup.free_bytes), prepare, console)
         runs.make(setup.search, is_search=True)
@@ -124,6 +126,7 @@ class _Runs:
         self._keys: dict[str, RunKey] = {}
         self._began: dict[str, float] = {}
         self._tails: dict[str, RunTail] = {}
+        self._stopped: dict[str, int] = {}  # by run, the step at which it was found hopeless
         prune = setup.sweep.prune
         self._pruner = Pruner(prune, folder.journal) if prune else None
         self._num_done = self._num_all = 0
@@ -135,8 +138,10 @@ class _Runs:
             outcome = self.outcomes.get(key) or read_outcome(self._folder.run(key.name))
             if outcome and is_search and self._pruner and not self._pruner.knows(key.name):
                 # It ended, and the sweep was killed before it was judged.
-                seconds = outcome.seconds + outcome.other_seconds
-                outcome = self._judged(key, outcome, outcome.eval_losses, outcome.total_steps, seconds)
+                step = self._hopeless_at(key, outcome.eval_losses, outcome.total_steps)
+                if step is not None:
+                    seconds = outcome.seconds + outcome.other_seconds
+                    outcome = self._pruned(key, step, outcome.eval_losses[step], seconds)
             if outcome is None:
                 missing.append(key)
             else:
@@ -172,8 +177,11 @@ class _Runs:
         words = []
         for name in names:
             tail = self._tails[name]
-            if tail.refresh() and is_search and self._hopeless_at(self._keys[name], tail.losses, tail.total_steps):
-                self._pool.stop(name)
+            if tail.refresh() and is_search and name not in self._stopped:
+                step = self._hopeless_at(self._keys[name], tail.losses, tail.total_steps)
+                if step is not None:
+                    self._stopped[name] = step
+                    self._pool.stop(name)
             words.append(f"{name}, step {tail.step} of {tail.total_steps}" if tail.total_steps else name)
         return "; ".join(words)
 
@@ -183,8 +191,10 @@ class _Runs:
         tail.refresh()
         outcome = read_outcome(folder)
         if is_search:
-            seconds = time.time() - self._began[key.name]
-            outcome = self._judged(key, outcome, tail.losses, tail.total_steps, seconds)
+            # What stopped it counts, whatever others have shown since. It may also have been too quick to stop.
+            step = self._stopped.get(key.name, self._hopeless_at(key, tail.losses, tail.total_steps))
+            if step is not None:
+                outcome = self._pruned(key, step, tail.losses[step], time.time() - self._began[key.name])
         if outcome is None:
             raise TrainingError(
                 f"the run {key.name} failed: {_last_words(folder / LOG, ended.exit_code)}",
@@ -194,18 +204,15 @@ class _Runs:
         self._note(key, outcome, is_search)
         _say(self._console, f"[{self._num_done}/{self._num_all}] {self._words(key, outcome)}")
 
-    def _judged(
-        self, key: RunKey, outcome: Outcome | None, losses: dict[int, float], total_steps: int, seconds: float
-    ) -> Outcome | None:
-        """The outcome, or that of a pruned run: also where the run was quicker than the one who was to stop it."""
-        step = self._hopeless_at(key, losses, total_steps)
-        if step is None:
-            return outcome
+    def _pruned(self, key: RunKey, step: int, loss: float, seconds: float) -> Outcome:
+        """Write that the run was given up at that step, with that loss, after so many seconds."""
         assert self._setup.sweep.prune is not None
         share, folder = self._setup.sweep.prune.percentile, self._folder.run(key.name)
-        note = f"loss {losses[step]:.4f} at step {step}: not among the best {share:g}% there"
-        pruned = outcome_of(Run(folder / RUN), "pruned", until=step, process_seconds=seconds, note=note)
+        note = f"loss {loss:.4f} at step {step}: not among the best {share:g}% there"
+        run = Run(folder / RUN)
+        pruned = outcome_of(run, "pruned", until=step, process_seconds=seconds, note=note)
         write_outcome(pruned, folder)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)  # saved when it was stopped
         return pruned
 
     def _hopeless_at(self, key: RunKey, losses: dict[int, float], total_steps: int) -> int | None:
@@ -224,6 +231,21 @@ class _Runs:
         return None
 
     def _note(self, key: RunKey, outcome: Outcome, is_search: bool) -> None:
+        """Take the outcome.
+
+        Raises:
+            SweepError: its held-out rows are not those of another run with its seed.
+        """
+        for other, known in self.outcomes.items():
+            if other.seed == key.seed and outcome.rows is not None and known.rows is not None:
+                if known.rows.fingerprint == outcome.rows.fingerprint:
+                    break
+                raise SweepError(
+                    f"the held-out rows of {key.name} are not those of {other.name}: the data has changed",
+                    hint=f"bring the data files back that the sweep was started with, remove "
+                    f"{self._folder.run(key.name)} or {self._folder.run(other.name)}, whichever was made with "
+                    "other data, and start the sweep again",
+                )
         self.outcomes[key] = outcome
         if is_search and self._pruner:
             self._pruner.ended(key.name, key.arm, key.learning_rate, key.seed, outcome)

@@ -99,6 +99,12 @@ def settled(loaded: LoadedRecipe) -> LoadedRecipe:
         raise SweepError(
             "a sweep trains every run in one process", hint="leave the section distributed out of the recipe"
         )
+    growing = next((stage.name for stage in recipe.stages if stage.expand is not None), None)
+    if growing is not None:
+        raise SweepError(
+            f"the stage {growing!r} expands modules, and the arms of a sweep have equal parameters",
+            hint="leave it out: qhybrid ranks sweep RECIPE 'stages=[]'",
+        )
     if sweep.prune:
         require_optuna()
     check_inputs(recipe, loaded.folder)
@@ -166,7 +172,7 @@ def set_up(
     return Setup(
         loaded=loaded,
         arms=arms,
-        parameters=budget_of(sweep, recipe, found.spec),
+        parameters=budget_of(recipe, found.spec),
         needed_bytes=needed,
         free_bytes=found.free_bytes,
         device=found.hardware.device,

@@ -55,7 +55,7 @@ def f1_features(expected: Sequence[int], predicted: Sequence[int], label: int) -
 class Compared:
     """An arm's own figure, and what it has more than the control has.
 
-    None for the control itself, and for an arm that has no seed in common with it.
+    None for the control itself, for an arm that has no seed in common with it, and for all if it is not there.
     """
 
     own: Estimate
@@ -72,10 +72,11 @@ def compare(
 ) -> dict[str, Compared]:
     """Figures of all arms with 95% intervals, by the percentile bootstrap over seeds and rows.
 
-    Every seed is measured on the same rows, so the two are crossed: seeds and rows are drawn with replacement,
-    each apart from the other (Owen, The pigeonhole bootstrap, 2007, doi 10.1214/07-AOAS122). The same draws serve
-    all arms: a difference to the control is one of the same seeds on the same rows, and what the two have in
-    common falls out of it. A figure is the mean over seeds of the metric on the rows.
+    Every arm is measured on the same rows of a seed, and seeds and rows are crossed: both are drawn with
+    replacement, each apart from the other (Owen, The pigeonhole bootstrap, 2007, doi 10.1214/07-AOAS122). The same
+    draws serve all arms: a difference to the control is one of the same seeds on the same rows, and what the two
+    have in common falls out of it. A figure is the mean over seeds of the metric on the rows. Seeds whose rows are
+    others (held out by the seed) have the same places drawn, which changes no distribution.
 
     Args:
         arms: of each arm, by seed, the features of its rows (rows, features). Arms may lack seeds: their own
@@ -86,7 +87,7 @@ def compare(
         By the arm's name.
     """
     seeds = sorted({seed for features in arms.values() for seed in features})
-    (num_rows,) = {len(features) for of_seeds in arms.values() for features in of_seeds.values()}
+    lengths = sorted({len(features) for of_seeds in arms.values() for features in of_seeds.values()})
     draws = np.random.default_rng(seed)
     # How often each seed and each row is drawn.
     seed_counts = draws.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=resamples)
@@ -94,17 +95,19 @@ def compare(
     values = {name: np.full((1 + resamples, len(seeds)), np.nan) for name in arms}
     for start in range(0, 1 + resamples, _AT_ONCE):
         end = min(1 + resamples, start + _AT_ONCE)
-        row_counts = draws.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=end - start)
-        row_counts = row_counts.astype(np.float64)
-        if start == 0:
-            row_counts[0] = 1
+        row_counts = {}
+        for length in lengths:
+            drawn = draws.multinomial(length, np.full(length, 1 / length), size=end - start)
+            row_counts[length] = drawn.astype(np.float64)
+            if start == 0:
+                row_counts[length][0] = 1
         for name, of_seeds in arms.items():
             for one, features in of_seeds.items():
-                values[name][start:end, seeds.index(one)] = metric.value(row_counts @ features)
+                values[name][start:end, seeds.index(one)] = metric.value(row_counts[len(features)] @ features)
     counts = np.vstack([np.ones(len(seeds)), seed_counts])
     found = {}
     for name in arms:
-        is_paired = name != control and not arms[name].keys().isdisjoint(arms[control])
+        is_paired = name != control and not arms[name].keys().isdisjoint(arms.get(control, ()))
         difference = _estimate(values[name] - values[control], counts) if is_paired else None
         found[name] = Compared(_estimate(values[name], counts), difference)
     return found

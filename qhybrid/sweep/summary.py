@@ -86,11 +86,11 @@ def summarise(setup: Setup, best: Mapping[str, float | None], outcomes: Mapping[
 
 
 def _compared(setup: Setup, counted: Mapping[str, Mapping[int, Outcome]]) -> dict[str, dict[str, Compared]]:
-    """By arm and metric; of arms that have a run to count, if the control has one too."""
+    """By arm and metric; of arms that have a run to count."""
     labels = setup.sweep.measure.labels or ()
     there = {name: of_seeds for name, of_seeds in counted.items() if of_seeds}
     found: dict[str, dict[str, Compared]] = {name: {} for name in there}
-    if setup.sweep.control not in there:
+    if not there:
         return found
     for name in setup.sweep.measure.metrics:
         features: dict[str, dict[int, np.ndarray]] = {}
@@ -182,8 +182,6 @@ def _notes(
         if abs(arm.parameters - setup.parameters) > rounding(setup.arm(arm.name).layout):
             share = arm.parameters / setup.parameters - 1
             notes.append(f"{arm.name} has {arm.parameters:,} parameters, {share:+.1%} of the budget")
-    if len({outcome.rows.fingerprint for outcome in outcomes.values() if outcome.rows}) > len(sweep.seeds):
-        notes.append("the held-out rows differ between runs of one seed: the pairs are not pairs")
     if len({tuple(sorted(outcome.versions.items())) for outcome in outcomes.values()}) > 1:
         notes.append("the runs were not all made with the same versions of the libraries")
     return tuple(notes)

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import gc
 import hashlib
+import math
 import os
 import shutil
 import signal
@@ -105,12 +106,17 @@ def _run(order: Order) -> Outcome:
         figures = run_sft(order.loaded, resume=True, console=Console(), date=order.date).figures
     except NonFiniteError as error:
         return outcome_of(run, "diverged", process_seconds=time.time() - order.began, note=error.message)
+    rows, seconds = _figures(order, run), time.time() - order.began
+    if not all(map(math.isfinite, rows.losses)):
+        note = "the loss of a held-out row is not finite"
+        return outcome_of(run, "diverged", process_seconds=seconds, note=note)
     return outcome_of(
         run,
         "finished",
-        rows=_figures(order, run),
+        rows=rows,
+        adapter_of_step=figures.get("adapter_of_step"),
         peak_bytes=figures.get("peak_cuda_max_reserved_bytes", figures["peak_process_bytes"]),
-        process_seconds=time.time() - order.began,
+        process_seconds=seconds,
     )
 
 

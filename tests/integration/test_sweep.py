@@ -128,6 +128,18 @@ def test_a_finished_sweep_grows(finished, tmp_path):
     assert done.returncode == 2 and "sweep.arms.2" in done.stderr and (grown / "results.json").is_file()
 
 
+def test_growth_that_cannot_be_loses_nothing(finished, tmp_path):
+    """An arm without ranks at the budget: refused, and the finished sweep is there as before."""
+    recipe, folder, _ = finished
+    grown = Path(shutil.copytree(folder, tmp_path / "sweep"))
+    arms = ["uniform", {"arm": "adalora-increasing", "learning_rates": [2e-3, 1e-2]}]
+    more = json.dumps([*arms, {"name": "big", "adapters": {"schedule": {"name": "increasing", "budget": "90k"}}}])
+    done = run_cli("ranks", "sweep", recipe, f"sweep.arms={more}", "--output", grown)
+    assert done.returncode == 2 and "the arm big has" in done.stderr
+    for name in ("results.json", "recipe.yaml"):
+        assert (grown / name).read_bytes() == (folder / name).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -177,6 +189,7 @@ def test_other_data_is_refused(finished):
         (["sweep={}"], "is missing"),
         (["sweep=null"], "has no section sweep"),
         (["distributed.processes=2"], "every run in one process"),
+        (["stages=[{at: 2,expand: {times: 2}}]"], "the stage 'stage0' expands modules"),
         (["data.eval_sources=nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
@@ -191,6 +204,16 @@ def test_a_foreign_folder_is_left_alone(tmp_path, tiny_model_folder):
     recipe = sweep_recipe(tmp_path, tiny_model_folder)
     done = run_cli("ranks", "sweep", recipe, "--output", tmp_path)
     assert done.returncode == 2 and "not from a sweep" in done.stderr and not (tmp_path / "sweep.json").exists()
+
+
+def test_a_recipe_of_ones_own_is_left_alone(tmp_path, tiny_model_folder):
+    recipe = sweep_recipe(tmp_path / "data", tiny_model_folder)
+    mine = tmp_path / "mine" / "recipe.yaml"
+    mine.parent.mkdir()
+    mine.write_text(recipe.read_text() + "# a comment\n")
+    done = run_cli("ranks", "sweep", mine, "--output", mine.parent)
+    assert done.returncode == 2 and "is not from a sweep of this recipe" in done.stderr, done.stderr
+    assert mine.read_text().endswith("# a comment\n") and [mine] == list(mine.parent.iterdir())
 
 
 def test_a_dry_run_writes_nothing(tmp_path, tiny_model_folder):

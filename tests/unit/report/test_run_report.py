@@ -94,6 +94,25 @@ def test_numbers_are_those_of_the_run(tmp_path):
     assert "train.jsonl dropped invalid JSON 1 3" in text and "a word of warning" in text
 
 
+def test_the_time_of_a_resumed_run_is_that_of_all_steps(tmp_path):
+    """run.json knows the 90 seconds since its last start; each step took half a second."""
+    events = events_of_a_run(tiny_layout())
+    again = next(i for i, event in enumerate(events) if event["event"] == "step" and event["step"] == 19)
+    events.insert(again, {"event": "begin", "step": 18, "total_steps": STEPS})
+    text = PageText(run_report(write_run(tmp_path / "run", events=events))).text
+    assert f"Time {STEPS // 2}s" in text and "over all starts" in text
+
+
+def test_the_ranks_of_an_adapter_that_is_not_the_last_one(tmp_path):
+    """With load_best_model_at_end that of step 5 was kept, between two choices of AdaLoRA."""
+    figures = {"eval_loss": 0.125, "adapter_of_step": 5}
+    layout = tiny_layout()
+    page = run_report(write_run(tmp_path / "run", figures=figures))
+    kept = sum(row.rank for row in layout) - len(layout.of_kind("adalora"))  # from 6 to 5
+    assert f"{kept:,} ranks in all" in PageText(page).text
+    assert f"was kept is an earlier one, with {kept:,} ranks" in PageText(section(page, "ranks")).text
+
+
 def test_ranks_over_time(tmp_path):
     layout = tiny_layout()
     page = run_report(write_run(tmp_path / "run"))

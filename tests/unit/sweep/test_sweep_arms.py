@@ -89,6 +89,30 @@ def test_own_bands_are_scaled_in_their_proportions_and_keep_their_scaling():
     assert {row.scaling for row in arm.layout if row.layer < 6} == {0.5}
 
 
+def test_rslora_keeps_its_scaling_too():
+    """alpha/√r: of four times the rank is twice the alpha."""
+    own = [{"layers": "all", "kind": "rslora", "rank": 2, "alpha": 3}]
+    arm = arms_of({"name": "mine", "adapters": own}, rank=8)[1]
+    assert {row.rank for row in arm.layout} == {8}
+    assert all(row.scaling == pytest.approx(3 / 2**0.5) for row in arm.layout)
+
+
+def test_an_arm_over_a_single_layer():
+    arm = arms_of({"name": "one", "adapters": [{"layers": "3", "rank": 2}]}, rank=None, parameters=PER_RANK)[1]
+    assert {(row.layer, row.rank) for row in arm.layout} == {(3, 12)}
+
+
+def test_stages_that_freeze_a_band_need_arms_that_have_it():
+    recipe = make_recipe(
+        adapters=[{"band": "low", "layers": "bottom", "rank": 2}, {"band": "high", "layers": "top", "rank": 2}],
+        data={"sources": "a", "eval_sources": "b"},
+        stages=[{"at": 2, "freeze": "low"}],
+        sweep={"rank": 4, "arms": ["uniform", "recipe"], "learning_rates": [1e-3]},
+    )
+    with pytest.raises(SweepError, match=r"the arm uniform: .*low"):
+        build_arms(recipe, TINY_SPEC)
+
+
 def test_own_ranks_that_make_the_budget_stay_as_they_are():
     own = [{"layers": "0-5", "rank": 2}, {"layers": "6-11", "rank": 6}]
     arm = arms_of({"name": "mine", "adapters": own})[1]
@@ -124,6 +148,10 @@ def test_arms_change_training_and_nothing_else():
                                            {"band": "a", "rank": 3, "target_modules": "attention"}]},
             "modules of several ranks",
         ),
+        (
+            {"name": "own", "adapters": [{"layers": "bottom", "rank": 2, "schedule": "increasing"}]},
+            "a band a schedule of its own",
+        ),
         ({"name": "far", "adapters": [{"layers": "0-50"}]}, "the arm far: band 'band0': layer 50 is out of range"),
         ({"name": "odd", "adapters": [{"target_modules": "qproj"}]}, "did you mean 'q_proj'"),
         ({"name": "full", "adapters": {"schedule": {"name": "uniform", "max_rank": 2}}}, "above what the"),
@@ -137,6 +165,15 @@ def test_refusals(arm, words):
 def test_a_budget_below_one_rank_for_each_module():
     assert "the arm dora-uniform: a budget of" in refusal_of("dora-uniform", rank=1)
     assert "below what one rank for each module costs" in refusal_of("increasing", rank=None, parameters=500)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"), [({"rank": 500}, "rank"), ({"target_modules": "qproj"}, "target_modules")]
+)
+def test_a_budget_that_the_model_cannot_have_is_told_at_its_own_key(change, key):
+    with pytest.raises(SweepError, match="the budget of the sweep") as caught:
+        arms_of("random", **change)
+    assert caught.value.at == ("sweep", key)
 
 
 def test_too_few_layers_for_the_article():

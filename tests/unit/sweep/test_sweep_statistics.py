@@ -76,6 +76,25 @@ def test_an_arm_without_a_seed_of_the_controls_is_not_compared():
     assert found.own.mean == pytest.approx(5.5) and found.difference is None
 
 
+def test_without_the_control_every_arm_has_its_own_figures():
+    found = compare(RATIO, {"a": {0: losses(np.array([1.0, 3.0]))}}, "c")["a"]
+    assert found.own.mean == 2 and found.difference is None
+
+
+def test_seeds_may_hold_out_other_rows():
+    """Of two seeds with 100 and 120 rows of their own the mean varies by (σ²/100 + σ²/120)/4, beside the seeds."""
+    draws = np.random.default_rng(4)
+    rows = {0: draws.normal(0, 4, size=100), 1: draws.normal(0, 4, size=120)}
+    for values in rows.values():
+        values -= values.mean()  # the seeds themselves do not differ
+    arms = {"c": {seed: losses(values) for seed, values in rows.items()}}
+    own = compare(RATIO, arms, "c")["c"].own
+    # Of two seeds both are drawn half of the time; else one counts twice, without its mean with the other.
+    each = [values.var() / len(values) for values in rows.values()]
+    expected = np.sqrt(sum(each) / 4 / 2 + sum(each) / 4)
+    assert (own.high - own.low) / (2 * 1.96) == pytest.approx(expected, rel=0.06)
+
+
 def test_equal_inputs_give_equal_intervals():
     rows = {"c": {0: losses(np.random.default_rng(3).normal(size=40))}}
     assert compare(RATIO, rows, "c") == compare(RATIO, rows, "c")

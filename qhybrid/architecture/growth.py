@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from qhybrid.architecture.layout import Layout, LayoutRow
 from qhybrid.errors import LayoutError
@@ -56,17 +57,35 @@ def largest_ranks(stages: tuple[StageSection, ...], layout: Layout) -> dict[str,
     return ranks
 
 
-def largest_layout(recipe: Recipe, layout: Layout) -> Layout:
-    """A layout that needs as much memory as any that the recipe's stages can make of `layout`.
+def largest_layouts(recipe: Recipe, layout: Layout) -> tuple[Layout, ...]:
+    """Layouts of which one needs as much memory as any that the recipe's stages can make of `layout`.
 
-    Which modules a stage chooses is not known before, only how many, or how many parameters they may cost. So the
-    result has at least the parameters of every possible outcome; the cheapest modules grow first, which gives it
-    the largest sum of ranks, and with that of activations.
+    Which modules a stage chooses is not known before, only how many, or how many parameters they may cost. The
+    first has the largest sum of ranks, and with that of activations. Of activations that are computed again, those
+    of one layer are there at a time: each of the others has the largest ranks in one layer, the topmost of those
+    that are alike.
+    """
+    if all(stage.expand is None for stage in recipe.stages):
+        return (layout,)
+    highest = largest_ranks(recipe.stages, layout)
+    alike: dict[Any, int] = {}
+    for layer in sorted({row.layer for row in layout}):
+        rows = [row for row in layout if row.layer == layer]
+        if any(highest[row.module] > row.rank for row in rows):
+            alike[tuple((row.target, row.kind, row.rank, highest[row.module]) for row in rows)] = layer
+    return tuple(largest_layout(recipe, layout, layer) for layer in (None, *alike.values()))
+
+
+def largest_layout(recipe: Recipe, layout: Layout, first: int | None = None) -> Layout:
+    """A layout with at least the parameters of any that the recipe's stages can make of `layout`.
+
+    The cheapest modules grow first, which makes the sum of ranks the largest; before them those of the layer
+    `first`.
     """
     highest = largest_ranks(recipe.stages, layout)
     left = _most_parameters(recipe.stages, layout)
     ranks = {}
-    for row in sorted(layout, key=rank_cost):
+    for row in sorted(layout, key=lambda row: (row.layer != first, rank_cost(row))):
         more = min(highest[row.module] - row.rank, math.ceil(left / rank_cost(row)))
         if more:
             ranks[row.module] = row.rank + more

@@ -215,7 +215,8 @@ def _recommend(
 
     advice = recommend(facts.spec, task=task, rows=rows, tokens_per_row=tokens_per_row)
     training = recipe.training.model_copy(update=advice.training)
-    wished = recipe.model_copy(update={"adapters": advice.bands, "training": training})
+    without = {"schedule": None, "ranks": None, "stages": (), "sweep": None}  # the recommendation has none of them
+    wished = recipe.model_copy(update={"adapters": advice.bands, "training": training, **without})
     got = solve_rank(
         wished,
         facts.spec,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+from qhybrid.architecture.growth import largest_layouts
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.errors import RecipeError
@@ -127,6 +129,12 @@ def predict(
         host=host,
         assumptions=(*assumptions_of(recipe, spec, optimizer.known), *notes),
     )
+
+
+def predict_largest(recipe: Recipe, spec: ModelSpec, layout: Layout, **how: Any) -> tuple[Layout, Prediction]:
+    """What the recipe's stages can make of `layout` that takes most, and its memory. `how` is for `predict`."""
+    found = [(one, predict(recipe, spec, one, **how)) for one in largest_layouts(recipe, layout)]
+    return max(found, key=lambda pair: pair[1].peak)
 
 
 def zero_setup(recipe: Recipe, spec: ModelSpec, layout: Layout) -> ZeroSetup:

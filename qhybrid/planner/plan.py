@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from qhybrid.architecture.bands import build_layout
-from qhybrid.architecture.growth import largest_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.planner import constants
 from qhybrid.planner.hardware import Gpu
 from qhybrid.planner.holdings import base_weights, principal_bytes, unsplit_remainders
-from qhybrid.planner.memory import Prediction, predict
+from qhybrid.planner.memory import Prediction, predict_largest
 from qhybrid.planner.workload import WIDTHS, Device
 from qhybrid.recipe.schema import Recipe
 
@@ -168,8 +167,7 @@ def make_plan(
         LayoutError: the bands do not fit the model.
     """
     layout = build_layout(recipe, spec)
-    largest = largest_layout(recipe, layout)
-    prediction = predict(recipe, spec, largest, device=device, longest=longest, padded=padded)
+    largest, prediction = predict_largest(recipe, spec, layout, device=device, longest=longest, padded=padded)
     return assemble(
         recipe, spec, budget, layout, largest, prediction, device=device, caps=caps, process_bytes=process_bytes
     )

@@ -7,13 +7,12 @@ docs/recommend.md has the rule, its evidence, and what nobody has measured.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.errors import RecipeError
-from qhybrid.planner.recommendation import Choice, Recommendation, control_of, scalar
+from qhybrid.planner.recommendation import ADALORA_RATE, Choice, Recommendation
 from qhybrid.recipe.band import AdaLoraSection, BandSection
 from qhybrid.units import format_count
 
@@ -32,8 +31,7 @@ _MICRO_BATCH, _ACCUMULATION = 4, 4
 _ALPHA = 32.0
 # rsLoRA with this alpha has the scale of LoRA with alpha 32 at rank 16: 8/√16 = 32/16.
 _RSLORA_ALPHA = 8.0
-# On SmolLM2 AdaLoRA's best rate was three times LoRA's, at four times its scale.
-_ADALORA_RATE, _ADALORA_SCALE = 3.0, 4.0
+_ADALORA_SCALE = 4.0  # on SmolLM2 AdaLoRA was best at four times LoRA's, beside the higher rate
 # Of the decoder's linears: QLoRA's 13B models lie below the second and its 33B models above it.
 _SMALL_MODEL, _LARGE_MODEL = 5e9, 20e9
 
@@ -122,16 +120,15 @@ def recommend(spec: ModelSpec, *, task: str, rows: int, tokens_per_row: int | No
         choices += [Choice(f"adapters.{band}.{key}", *told) for key, told in values.items()]
     training = _training(rows, epochs, rate)
     choices += [Choice(f"training.{key}", *told) for key, told in training.items()]
+    basis = f", an assumption for {name}: count yours and give tokens_per_row" if tokens_per_row is None else ""
     return Recommendation(
         tuple(bands),
         {key: told[0] for key, told in training.items()},
         tuple(choices),
-        (
-            _control_note(bands),
-            *_data_notes(name, rows, per_row, tokens_per_row is None, rank[0] * _per_rank(spec)),
-            *_adalora_notes(bands, rate[0]),
-            f"Not capped to memory. Ranks may be cut to {MIN_RANK} in steps of {MULTIPLE}.",
-        ),
+        tokens=rows * per_row,
+        about_tokens=f"{format_count(rows)} rows with {per_row} in each{basis}",
+        per_rank=_per_rank(spec),
+        about_memory=f"Not capped to memory. Ranks may be cut to {MIN_RANK} in steps of {MULTIPLE}.",
     )
 
 
@@ -203,7 +200,7 @@ def _adalora_band(rank: _Told) -> dict[str, _Told]:
         "kind": ("adalora", "moves rank to where it is used; alone in all layers it was the best", _SMOLLM2),
         "rank": rank,
         "alpha": (_ALPHA * _ADALORA_SCALE, "4 times LoRA's: Λ starts at zero, and P and Q small", _SMOLLM2),
-        "lr_ratio": (_ADALORA_RATE, "its best rate was 3 times LoRA's", _SMOLLM2),
+        "lr_ratio": (ADALORA_RATE, "its best rate was 3 times LoRA's", _SMOLLM2),
         "adalora.init_rank": (rank[0] * 3 // 2, "1.5 times the rank at the end", _ADALORA),
         "adalora.warmup": (0.1, "a tenth of the steps with all triplets, to score them", _THUMB),
         "adalora.final": (0.3, "three tenths of the steps with the final ranks", _THUMB),
@@ -256,37 +253,3 @@ def _training(rows: int, epochs: int, rate: _Told) -> dict[str, _Told]:
         "warmup_steps": (0.03, "3% of all optimizer steps", _QLORA),
         "weight_decay": (0.0, "none in QLoRA's runs", _QLORA),
     }  # fmt: skip
-
-
-def _control_note(bands: list[BandSection]) -> str:
-    if len({(band.kind, band.rank, band.alpha) for band in bands}) == 1:
-        return "A rule of thumb, not measured on your data. All layers have the same adapter here."
-    control = control_of(tuple(bands))
-    keys = ("kind", "rank", "alpha", "dropout")
-    override = ", ".join(f"{key}: {scalar(getattr(control, key))}" for key in keys)
-    return (
-        "A rule of thumb, not measured on your data. Run a uniform control beside it, with as many parameters as "
-        f"the bands end with: adapters=[{{{override}}}]. If the bands do not beat it, keep the control."
-    )
-
-
-def _data_notes(task: str, rows: int, per_row: int, assumed: bool, capacity: int) -> Iterator[str]:
-    tokens = rows * per_row
-    basis = f", an assumption for {task}: count yours and give tokens_per_row" if assumed else ""
-    yield f"{format_count(tokens)} tokens are trained on: {format_count(rows)} rows with {per_row} in each{basis}."
-    if capacity < tokens:
-        yield (
-            f"The adapter has about {format_count(capacity)} parameters, fewer than that. Past its capacity LoRA "
-            "learns more slowly than full fine-tuning."
-        )
-
-
-def _adalora_notes(bands: list[BandSection], rate: float) -> Iterator[str]:
-    ranks = [band.rank for band in bands if band.kind == "adalora"]
-    if not ranks:
-        return
-    override = f"kind: adalora, rank: {ranks[0]}, alpha: {scalar(_ALPHA * _ADALORA_SCALE)}"
-    yield (
-        "Worth a third run: AdaLoRA in all layers at a rate of its own, the best on SmolLM2 (docs/evidence.md): "
-        f"adapters=[{{{override}}}] training.learning_rate={rate * _ADALORA_RATE:g}"
-    )

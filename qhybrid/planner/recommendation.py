@@ -6,11 +6,14 @@ import dataclasses
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from qhybrid.recipe.band import BandSection
 from qhybrid.recipe.yaml_source import dump_yaml
+from qhybrid.units import format_count
 
+ADALORA_RATE = 3.0  # of LoRA's: the best on SmolLM2, docs/evidence.md
 _PLAN = "qhybrid's memory plan, docs/memory.md"
 
 
@@ -31,12 +34,44 @@ class Recommendation:
     bands: tuple[BandSection, ...]
     training: dict[str, Any]  # by SFTConfig's names
     choices: tuple[Choice, ...]  # one for each value, in the order of the recipe
-    notes: tuple[str, ...]  # about the whole: the control to run, assumptions, limits
+    tokens: int  # that the loss is taken on
+    about_tokens: str  # where that number is from
+    per_rank: int  # parameters of one rank in all layers
+    about_memory: str
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """About the whole: the control to run, assumptions, limits."""
+        notes = [self._control_note(), f"{format_count(self.tokens)} tokens are trained on: {self.about_tokens}."]
+        capacity = round(self.per_rank * fmean(band.rank for band in self.bands))
+        if capacity < self.tokens:
+            notes.append(
+                f"The adapter has about {format_count(capacity)} parameters, fewer than that. Past its capacity "
+                "LoRA learns more slowly than full fine-tuning."
+            )
+        adalora = next((band for band in self.bands if band.kind == "adalora"), None)
+        if adalora is not None:
+            rate = f"training.learning_rate={self.training['learning_rate'] * ADALORA_RATE:g}"
+            notes.append(
+                "Worth a third run: AdaLoRA in all layers at a rate of its own, the best on SmolLM2 "
+                f"(docs/evidence.md): {_override(adalora, 'kind', 'rank', 'alpha')} {rate}"
+            )
+        return (*notes, self.about_memory)
+
+    def _control_note(self) -> str:
+        if len({(band.kind, band.rank, band.alpha) for band in self.bands}) == 1:
+            return "A rule of thumb, not measured on your data. All layers have the same adapter here."
+        override = _override(self.control, "kind", "rank", "alpha", "dropout")
+        return (
+            "A rule of thumb, not measured on your data. Run a uniform control beside it, with as many parameters "
+            f"as the bands end with: {override}. If the bands do not beat it, keep the control."
+        )
 
     @property
     def control(self) -> BandSection:
-        """One plain band over all layers with as many trained parameters: what the bands have to beat."""
-        return control_of(self.bands)
+        """One plain band over all layers, with the middle band's rank: what the bands have to beat."""
+        middle = self.bands[len(self.bands) // 2]
+        return self.bands[0].model_copy(update={"band": "uniform", "layers": "all", "rank": middle.rank})
 
     def capped(self, bands: tuple[BandSection, ...]) -> Recommendation:
         """The same with the ranks that fit: `bands` are this one's after the planner lowered them."""
@@ -54,8 +89,8 @@ class Recommendation:
                 reason = f"lowered from {scalar(asked)}: {why}"
                 choice = dataclasses.replace(choice, value=got, reason=reason, source=_PLAN)
             choices.append(choice)
-        notes = (*self.notes[:-1], "Ranks that are too much for the memory that was given are lowered.")
-        return dataclasses.replace(self, bands=bands, choices=tuple(choices), notes=notes)
+        lowered = "Ranks that are too much for the memory that was given are lowered."
+        return dataclasses.replace(self, bands=bands, choices=tuple(choices), about_memory=lowered)
 
     def to_recipe(self, model_path: str) -> str:
         """The recipe as YAML, each reason a comment at its line, the sources numbered at the end.
@@ -91,10 +126,9 @@ class Recommendation:
         return "\n".join(text) + "\n"
 
 
-def control_of(bands: tuple[BandSection, ...]) -> BandSection:
-    """One plain band over all layers, with the middle band's rank."""
-    middle = bands[len(bands) // 2]
-    return bands[0].model_copy(update={"band": "uniform", "layers": "all", "rank": middle.rank})
+def _override(band: BandSection, *keys: str) -> str:
+    """The command line's words for one such band over all layers."""
+    return f"adapters=[{{{', '.join(f'{key}: {scalar(getattr(band, key))}' for key in keys)}}}]"
 
 
 def scalar(value: Any) -> str:

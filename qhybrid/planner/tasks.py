@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from qhybrid.architecture.bands import build_layout
 from qhybrid.architecture.concatenate import concatenate
-from qhybrid.architecture.growth import largest_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import ModelSpec
 from qhybrid.planner import constants
 from qhybrid.planner.advise import Change, overrides_between, ways_to_fit
 from qhybrid.planner.holdings import adalora_scores, adapter_bytes, dora_norms, optimizer_states
-from qhybrid.planner.memory import Prediction, predict
+from qhybrid.planner.memory import Prediction, predict, predict_largest
 from qhybrid.planner.optimizers import rule_of
 from qhybrid.planner.plan import Budget, Plan, RankCap, assemble
 from qhybrid.planner.solve import (
@@ -73,22 +73,19 @@ def plan_tasks(
         LayoutError: the bands of a task do not fit the model.
     """
     parts = adapter_recipes(recipe)
-    asked, layouts = {}, {}
+    asked = {}
     for name, part in parts.items():
         with of_task(name):
             asked[name] = build_layout(part, spec)
-            layouts[name] = largest_layout(part, asked[name])
-    shared = layouts.get(SHARED) if recipe.shared else None
-    predictions = {
-        name: predict(
-            part,
-            spec,
-            layouts[name] if shared is None else concatenate(shared, layouts[name]),
-            device=device,
-            longest=(longest or {}).get(name),
-        )
-        for name, part in task_recipes(recipe).items()
-    }
+    layouts, predictions = dict(asked), {}
+    for name, part in task_recipes(recipe).items():
+        with of_task(name):
+            own: dict[str, Any] = {"device": device, "longest": (longest or {}).get(name)}
+            if recipe.shared is None:
+                layouts[name], predictions[name] = predict_largest(part, spec, asked[name], **own)
+            else:  # and no stages
+                both = concatenate(asked[SHARED], asked[name])
+                predictions[name] = predict(part, spec, both, **own)
     lead = max(predictions, key=lambda name: _passing(predictions[name]))
     prediction = _together(parts, layouts, predictions, lead, device)
     plan = assemble(

@@ -19,9 +19,9 @@ from transformers import PrinterCallback
 
 from qhybrid.adapters.attach import attach
 from qhybrid.architecture.bands import build_layout
-from qhybrid.architecture.growth import largest_layout
 from qhybrid.architecture.layout import Layout
 from qhybrid.architecture.spec import spec_from_config
+from qhybrid.planner.memory import predict_largest
 from qhybrid.recipe.load import resolve
 from qhybrid.recipe.schema import Recipe
 from qhybrid.simulation.allocator import replay
@@ -61,8 +61,9 @@ def simulate(
         QhybridError: what a real run would raise before its first step.
     """
     recipe = resolve(recipe)
+    spec = spec_from_config(config)
+    layout, _ = predict_largest(recipe, spec, build_layout(recipe, spec), device=device, padded=padded)
     asked, recipe = recipe.training, _on_meta(shortened(recipe))
-    layout = largest_layout(recipe, build_layout(recipe, spec_from_config(config)))
     recipe = recipe.model_copy(update={"stages": ()})  # which begin later than the steps that are simulated
     tracker = StorageTracker(
         rounding=CUDA_ROUNDING if device == "cuda" else 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from qhybrid.architecture.bands import build_layout
+from qhybrid.architecture.catalog import find_model
+from qhybrid.architecture.spec import spec_from_config
 from qhybrid.cli.main import main
 from qhybrid.recipe.load import load_recipe, parse_recipe
 
@@ -115,6 +119,29 @@ def test_a_simulation_beside_the_closed_form(tiny_model_folder: Path):
         sum(plan["moments"][plan["peak_moment"]] for _ in "1"),
     )
     assert closed == pytest.approx(simulated, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "section", ["schedule: {name: increasing, budget: 20M}", "ranks: {method: gora, budget: 20M}"]
+)
+def test_a_recommendation_takes_nothing_of_the_recipes_own_ranks(tmp_path, section):
+    """What it says of the memory is what the recipe that it prints takes; and the control has its ranks."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        f"model: {{path: llama-2-7b}}\nadapters: {{{section}, kind: lora}}\ndata: {{sources: rows.jsonl}}\n"
+        "training: {max_length: 1024}\noutput_dir: out\n"
+    )
+    asked = ["--vram", "5GiB", "--task", "reasoning", "--rows", "20000", "--recommend"]
+    content = json.loads(qhybrid("plan", str(mine), *asked, "--json").stdout)
+    recipe, _ = parse_recipe(content["recipe"], "recommended")
+    spec = spec_from_config(find_model("llama-2-7b").config)
+    counted = build_layout(recipe, spec).num_parameters
+    assert content["plan"]["num_trained_parameters"] == counted
+    ranks = {band.rank for band in recipe.adapters}
+    assert len(ranks) == 1 and max(ranks) < 32
+    told = " ".join(content["notes"])
+    assert set(map(int, re.findall(r"rank: (\d+)", told))) == ranks
+    assert f"alpha: {recipe.adapters[1].alpha:g}" in told
 
 
 def test_a_recommendation_is_a_recipe_that_fits():

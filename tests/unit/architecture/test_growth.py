@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from helpers import make_recipe, tiny_layout
+from helpers import TINY, make_recipe, tiny_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,10 @@ from qhybrid.architecture.growth import (
     largest_ranks,
     rank_cost,
 )
+from qhybrid.architecture.spec import spec_from_config
 from qhybrid.errors import LayoutError
+from qhybrid.planner.memory import predict, predict_largest
+from qhybrid.planner.solve import with_training
 
 BANDS = [
     {"band": "low", "layers": "bottom", "rank": 4, "target_modules": "attention"},
@@ -87,6 +90,26 @@ def test_no_outcome_has_more_parameters_than_the_plan(chosen, seed):
             layout = grown(layout, ranks)
         assert layout.num_parameters <= bound.num_parameters
         assert sum(row.rank for row in layout) <= sum(row.rank for row in bound)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+@pytest.mark.parametrize("expand", [{"top": 7, "times": 8}, {"top": 7, "times": 8, "budget": 5000}])
+def test_all_that_a_stage_chooses_may_lie_in_one_layer(checkpointed, expand):
+    """Where activations are computed again, one layer's are there at a time: its own largest ranks count."""
+    recipe = recipe_with({"at": 1, "expand": expand})
+    training = {"gradient_checkpointing": checkpointed, "max_length": 1024, "per_device_train_batch_size": 4}
+    recipe = with_training(recipe, **training)
+    spec = spec_from_config(TINY)
+    planned, prediction = predict_largest(recipe, spec, LAYOUT)
+    for layer in range(spec.num_layers):
+        ranks, left = {}, expand.get("budget", 10**9)
+        for row in LAYOUT:
+            more = min(8 * row.rank, row.in_features, row.out_features) - row.rank
+            if row.layer == layer and row.kind != "adalora" and more * rank_cost(row) <= left:
+                ranks[row.module] = row.rank + more
+                left -= more * rank_cost(row)
+        assert ranks and predict(recipe, spec, grown(LAYOUT, ranks)).peak <= prediction.peak
+    assert planned.num_parameters >= largest_layout(recipe, LAYOUT).num_parameters - max(map(rank_cost, LAYOUT))
 
 
 def test_the_bound_is_no_larger_than_the_budget_asks_for():

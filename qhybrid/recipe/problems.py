@@ -60,7 +60,8 @@ def as_recipe_error(error: ValidationError, places: Places) -> RecipeError:
             found.append((f"and {len(problems) - number:,} more problems", None))
             break
         inside = getattr((problem.get("ctx") or {}).get("error"), "path", ())  # of a check over several sections
-        path = told_at(places.values, _without_tags((*problem["loc"], *inside)))
+        full = _without_tags((*problem["loc"], *inside))
+        path = told_at(places.values, full)
         if path in seen:
             continue  # what another member of a union would have taken
         seen.add(path)
@@ -71,7 +72,10 @@ def as_recipe_error(error: ValidationError, places: Places) -> RecipeError:
         message, hint = _describe(dict(problem), path)
         name = ".".join(map(excerpt_key, path))
         where = places.where(path or _named_first(message))
-        found.append((f"{where}: {name + ': ' if name else ''}{message}", hint))
+        task = ""
+        if inside and full[:1] == ("tasks",) != path[:1] and full[1]:  # good for the first task, and not for this
+            task = f"task {places.values['tasks'][full[1]].get('name')}: "
+        found.append((f"{where}: {task}{name + ': ' if name else ''}{message}", hint))
     if len(found) == 1:
         return RecipeError(found[0][0], hint=found[0][1])
     return RecipeError("\n".join(f"{line} ({hint})" if hint else line for line, hint in found))

@@ -259,6 +259,8 @@ class Recipe(Section):
             raise ValueError("training.bf16 needs model.dtype: bfloat16")
         if training.eval_strategy != "no" and not has_eval:
             raise ValueError("training.eval_strategy needs data.eval_sources or data.eval_fraction")
+        if training.eval_on_start and not has_eval:
+            raise ValueError("training.eval_on_start needs data.eval_sources or data.eval_fraction")
         if training.eval_strategy == "no" and training.early_stopping_patience is not None:
             raise ValueError("training.early_stopping_patience needs training.eval_strategy")
         if training.eval_strategy == "no" and training.save_strategy == "best":

@@ -65,7 +65,7 @@ class ProgressDisplay:
         left = (time.perf_counter() - self._began) / done * (self._total - record["step"])
         memory = record["memory"]
         used = memory.get("cuda_max_reserved_bytes", memory["process_bytes"])
-        rate = min(record["learning_rates"].values(), default=0.0)  # the recipe's; LoRA+ multiplies it for B
+        rate = min(record["learning_rates"].values(), default=0.0)  # LoRA+ multiplies it for B
         parts = [
             f"loss {record['loss']:.4f}",
             f"grad {record['grad_norm']:.3f}",

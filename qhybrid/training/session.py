@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME, TrainerState
 
 from qhybrid.adapters.attach import attach
 from qhybrid.adapters.folder import save_adapter
@@ -251,9 +252,11 @@ class Session:
 
     def train(self) -> None:
         """Train to the end, or to where a signal stops it: `trainer.was_stopped` tells."""
-        self._began = self._clock()
+        self._began, self._first_step, resumed = self._clock(), 0, self.run.resume_from
+        if resumed is not None:
+            self._first_step = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME)).global_step
         try:
-            self.trainer.train(resume_from_checkpoint=str(self.run.resume_from) if self.run.resume_from else None)
+            self.trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         finally:
             self._display.end()
 
@@ -269,7 +272,8 @@ class Session:
         # The best checkpoint may be of an earlier stage.
         write_atomically(self.run.layout_file, self.layout.to_json())
         self._require_allocations()
-        figures = figures_of(self.trainer, self.events, self.run, seconds=self._clock() - self._began)
+        seconds = self._clock() - self._began
+        figures = figures_of(self.trainer, self.events, self.run, seconds=seconds, first_step=self._first_step)
         figures |= {f"predicted_{name}": value for name, value in self._predicted.items()}
         self.events.write("end", **figures)
         return figures

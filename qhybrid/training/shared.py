@@ -76,7 +76,7 @@ class SharedTrainer(BandedTrainer):
 
     def __init__(self, *, shared: SharedAdapter, together: Together, **kwargs: Any) -> None:
         self._shared, self._together = shared, together
-        self._resumed_from: Path | None = None
+        self._resumed_from: Path | None = None  # later: where it was saved last
         super().__init__(**kwargs)
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -117,6 +117,10 @@ class SharedTrainer(BandedTrainer):
         write_tensors(folder / _WEIGHTS, self._shared.factors)
         states, numbers = optimizer_content(self._base_optimizer(), self._shared.named, None)
         write_state(folder, tensors=states, rng=[], numbers={"optimizer": numbers})
+
+    def was_saved(self, folder: Path) -> None:
+        """`folder` has what `write_own` wrote. An earlier one may be pruned."""
+        self._resumed_from = folder
 
     def write_own(self, folder: Path) -> None:
         """Write what is of this task, which may have paused after a step, before what follows from it."""
@@ -171,6 +175,8 @@ class Together:
                     with member.in_place():
                         member.trainer.write_own(own)
         self._newest = step
+        for member in self.members:
+            member.trainer.was_saved(self._checkpoints / f"checkpoint-{step}" / FOLDER / member.name)
         prune(self._checkpoints, newest=step, limit=self._limit, keep=None)
 
 

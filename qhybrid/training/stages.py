@@ -74,14 +74,13 @@ class Stages:
                 if row.kind != "adalora"
             }
         )
+        self._saturation = Saturation()
         self._watch()
 
     def _watch(self) -> None:
         """Begin to watch what the next stage waits for."""
         waiting = self._stages[self._next] if self._next < len(self._stages) else None
         self._plateau = Plateau(waiting.plateau_settings) if waiting and waiting.when == "plateau" else None
-        rule = self._rule
-        self._saturation = Saturation(rule.spectrum_settings) if rule else None
 
     @property
     def _rule(self) -> StageSection | None:
@@ -120,12 +119,14 @@ class Stages:
         """
         changes: list[Change] = []
 
-        def grow(growing: dict[str, Growth], change: Change) -> None:
+        def grow(growing: dict[str, Growth], change: Change, *, by_rule: bool = False) -> None:
             nonlocal layout
             before = layout.num_parameters
             if growing:
                 ranks = {module: growth.after for module, growth in growing.items()}
                 layout = expand(model, layout, ranks, optimizer, seed=self._seed)
+            for module in growing:
+                self._saturation.expanded(step, module, by_rule=by_rule)
             now = layout.num_parameters
             changes.append(replace(change, expanded=growing, num_parameters_before=before, num_parameters=now))
 
@@ -138,11 +139,11 @@ class Stages:
                 froze, unfroze = tuple(sorted(self.frozen - before)), tuple(sorted(before - self.frozen))
                 growing = self._most_important(stage, layout) if stage.expand else {}
                 grow(growing, Change(step, stage.name, froze=froze, unfroze=unfroze))
-        rule, saturation = self._rule, self._saturation
-        if rule is not None and saturation is not None and saturation.is_due(step):
-            growing = self._fullest(rule, saturation, step, model, layout)
+        rule = self._rule
+        if rule is not None and step > 0 and step % rule.spectrum_settings.every == 0:
+            growing = self._fullest(rule, step, model, layout)
             if growing:
-                grow(growing, Change(step, rule.name))
+                grow(growing, Change(step, rule.name), by_rule=True)
                 self._spent += changes[-1].num_parameters - changes[-1].num_parameters_before
         return layout, changes
 
@@ -176,16 +177,11 @@ class Stages:
         rows = sorted(self._growable(stage, layout), key=lambda row: -importance[row.module])  # stable
         return self._within_budget(stage, rows[: stage.expand.how_many(len(rows))], importance)
 
-    def _fullest(
-        self, rule: StageSection, saturation: Saturation, step: int, model: PeftModel, layout: Layout
-    ) -> dict[str, Growth]:
+    def _fullest(self, rule: StageSection, step: int, model: PeftModel, layout: Layout) -> dict[str, Growth]:
         rows = {row.module: row for row in self._growable(rule, layout)}
         used = used_ranks(model, Layout(tuple(rows.values())), rule.spectrum_settings)
-        chosen = [rows[module] for module in saturation.choose(step, used)]
-        growing = self._within_budget(rule, chosen, used)
-        for module in growing:
-            saturation.expanded(step, module)
-        return growing
+        chosen = [rows[module] for module in self._saturation.choose(step, used, rule.spectrum_settings)]
+        return self._within_budget(rule, chosen, used)
 
     def _within_budget(
         self, stage: StageSection, rows: Sequence[LayoutRow], scores: Mapping[str, float]
@@ -213,7 +209,7 @@ class Stages:
             "spent": self._spent,
             "importance": self._importance.averages(),
             "plateau": self._plateau and self._plateau.state(),
-            "saturation": self._saturation and self._saturation.state(),
+            "saturation": self._saturation.state(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -224,8 +220,7 @@ class Stages:
         self._watch()
         if self._plateau is not None:
             self._plateau.load(state["plateau"])
-        if self._saturation is not None:
-            self._saturation.load(state["saturation"])
+        self._saturation.load(state["saturation"])
 
 
 def used_ranks(model: PeftModel, layout: Layout, settings: SpectrumSection) -> dict[str, float]:

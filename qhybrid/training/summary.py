@@ -21,7 +21,14 @@ from qhybrid.training.trainer import BandedTrainer
 from qhybrid.units import format_bytes, format_count, format_duration
 
 
-def figures_of(trainer: BandedTrainer, events: EventLog, run: Run, seconds: float) -> dict[str, Any]:
+def figures_of(
+    trainer: BandedTrainer, events: EventLog, run: Run, *, seconds: float, first_step: int
+) -> dict[str, Any]:
+    """What the final table shows.
+
+    Args:
+        seconds: since the last start, which was after `first_step`.
+    """
     steps = read_events(run.events_file, "step")
     last = {record["step"]: record for record in steps}  # a resumed run logs some steps twice
     records = [last[step] for step in sorted(last)]
@@ -42,6 +49,8 @@ def figures_of(trainer: BandedTrainer, events: EventLog, run: Run, seconds: floa
         if trainer.args.load_best_model_at_end and best is not None:
             figures["eval_loss"] = trainer.state.best_metric  # that adapter was loaded back
             figures["adapter_of_step"] = step_of(Path(best))
+    if first_step:
+        figures["resumed_after_step"] = first_step
     if trainer.state.global_step < trainer.state.max_steps:
         figures["stopped_early_of"] = trainer.state.max_steps
     if trainer.stages:
@@ -131,9 +140,10 @@ def summary_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     if "eval_loss" in figures:
         best = f", the best: of step {figures['adapter_of_step']}" if "adapter_of_step" in figures else ""
         rows.append(("evaluation loss", f"{figures['eval_loss']:.4f}{best}"))
+    since = f" since step {figures['resumed_after_step']}" if "resumed_after_step" in figures else ""
     rows += [
         ("speed", f"{figures['tokens_per_second']:,.0f} tokens/s"),
-        ("training time", format_duration(figures["seconds"])),
+        ("training time", format_duration(figures["seconds"]) + since),
         ("process memory, peak", _beside_prediction(figures, "process_bytes")),
     ]
     for title, name in (

@@ -55,7 +55,7 @@ from qhybrid.training.session import (
 from qhybrid.training.shared import SharedAdapter, SharedSession, Together
 from qhybrid.training.signals import StopSignals
 from qhybrid.training.summary import announce, announce_model
-from qhybrid.training.turns import Task, take_turns
+from qhybrid.training.turns import Task, stop_others, take_turns
 from qhybrid.units import format_count
 
 
@@ -107,9 +107,11 @@ def train_tasks(
         for line in (*plan_lines(planned.plan), *_notes(recipe, run)):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
         try:
-            _build(tasks, recipe)
-            with signals.asking_politely():
-                results = finished | take_turns(tasks, signals, events, is_common=recipe.shared is not None)
+            results = dict(finished)
+            if tasks:  # else it was stopped after the last one had finished
+                _build(tasks, recipe, signals)
+                with signals.asking_politely():
+                    results |= take_turns(tasks, signals, events, is_common=recipe.shared is not None)
         except BaseException as error:
             name = type(error).__name__
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -265,10 +267,18 @@ def _notes(recipe: Recipe, run: Run) -> list[str]:
     return [f"note: {note}" for note in (*([notice] if notice else []), *run.notes)]
 
 
-def _build(tasks: list[Task], recipe: Recipe) -> None:
+def _build(tasks: list[Task], recipe: Recipe, signals: StopSignals) -> None:
     """Make the trainers on one model, of which nothing but the weights stays."""
     device = resolve_device("cpu" if recipe.training.use_cpu else None)
-    model = load_base(recipe.model, recipe.quantization, device=device)
-    for task in tasks:
-        with of_task(task.name):
-            task.build(model)
+    at = tasks[0]
+    try:
+        model = load_base(recipe.model, recipe.quantization, device=device)
+        for at in tasks:
+            with of_task(at.name):
+                at.build(model)
+    except BaseException as error:
+        told = at.session.stopped(error)
+        stop_others([task for task in tasks if task is not at], signals, may_save=False)
+        if told is error:
+            raise
+        raise told from None

@@ -65,8 +65,9 @@ class CheckpointingTrainer(RowsTrainer):
         transformers would train one step further.
         """
         if resume_from_checkpoint is not None:
-            self.args.eval_on_start = False  # it was done, and early stopping would count it twice
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            if state.global_step:  # else a task was saved before it began
+                self.args.eval_on_start = False  # it was done, and early stopping would count it twice
             if state.global_step >= state.max_steps or self._has_stopped_early(state):
                 self.state = state
                 if self.is_deepspeed_enabled:  # weights and states come with its engine
@@ -114,8 +115,10 @@ class CheckpointingTrainer(RowsTrainer):
     def is_epoch_evaluation_due(self) -> bool:
         """Whether an evaluation at the end of the epoch follows the step that was just taken."""
         args, state = self.args, self.state
-        at_end = state.epoch.is_integer() or state.global_step >= state.max_steps
-        if args.eval_strategy != IntervalStrategy.EPOCH or args.eval_delay > state.epoch or not at_end:
+        if args.eval_strategy != IntervalStrategy.EPOCH or not state.global_step:  # a task may wait for its first
+            return False
+        at_end = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        if args.eval_delay > state.epoch or not at_end:
             return False
         return not any(entry["step"] == state.global_step and "eval_loss" in entry for entry in state.log_history)
 

@@ -54,33 +54,32 @@ class Plateau:
 
 
 class Saturation:
-    """Which modules use nearly all of their rank; with hysteresis, and a pause after each change of a module."""
+    """Which modules use nearly all of their rank; with hysteresis, and a pause after each change of a module.
 
-    def __init__(self, settings: SpectrumSection) -> None:
-        self._settings = settings
-        self._waiting: set[str] = set()  # were chosen, and have not been released yet
+    The rules of a run share it.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: set[str] = set()  # were expanded by a rule, and have not been released yet
         self._changed: dict[str, int] = {}  # the step of each module's last change
 
-    def is_due(self, step: int) -> bool:
-        """Whether the spectra are to be looked at after `step`."""
-        return step > 0 and step % self._settings.every == 0
-
-    def choose(self, step: int, used: Mapping[str, float]) -> list[str]:
-        """The modules to be expanded now, the fullest first.
+    def choose(self, step: int, used: Mapping[str, float], settings: SpectrumSection) -> list[str]:
+        """The modules to be expanded now by a rule, the fullest first.
 
         Args:
             used: the share of its rank that each module uses.
         """
-        self._waiting -= {module for module, share in used.items() if share <= self._settings.release}
-        full = [m for m, share in used.items() if share >= self._settings.threshold and m not in self._waiting]
-        latest = step - self._settings.interval
+        self._waiting -= {module for module, share in used.items() if share <= settings.release}
+        full = [m for m, share in used.items() if share >= settings.threshold and m not in self._waiting]
+        latest = step - settings.interval
         rested = [module for module in full if self._changed.get(module, latest) <= latest]
         return sorted(rested, key=lambda module: -used[module])
 
-    def expanded(self, step: int, module: str) -> None:
-        """A module of those that were chosen has been expanded."""
-        self._waiting.add(module)
+    def expanded(self, step: int, module: str, *, by_rule: bool = True) -> None:
+        """A module has been expanded; if not by a rule, its share need not have fallen before one does."""
         self._changed[module] = step
+        if by_rule:
+            self._waiting.add(module)
 
     def state(self) -> dict[str, Any]:
         """What a resume needs, as JSON."""

@@ -149,7 +149,8 @@ def take_turns(
             named(told, at.name)
         # The second signal ends all at once.
         may_save = not is_common and not isinstance(error, KeyboardInterrupt)
-        _stop([task for task in tasks if task is not at and task.name not in results], signals, may_save)
+        others = [task for task in tasks if task is not at and task.name not in results]
+        stop_others(others, signals, may_save=may_save)
         if told is error:
             raise
         raise told from None
@@ -165,7 +166,7 @@ def take_turns(
     return results
 
 
-def _stop(tasks: Sequence[Task], signals: StopSignals, may_save: bool) -> None:
+def stop_others(tasks: Sequence[Task], signals: StopSignals, *, may_save: bool) -> None:
     """End what others go on with, because of one that failed."""
     number = signals.ask()
     for task in tasks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import threading
@@ -16,7 +17,7 @@ from task_helpers import at_step, killed, sigterm, tasks_recipe, turns_of
 
 from qhybrid.errors import NonFiniteError, TrainingError
 from qhybrid.recipe.load import LoadedRecipe
-from qhybrid.training import signals, trainer_checkpoints
+from qhybrid.training import signals, tasks, trainer_checkpoints
 from qhybrid.training.checkpoint import step_of
 from qhybrid.training.session import SftResult
 from qhybrid.training.sft import run_sft
@@ -147,6 +148,28 @@ def test_out_of_memory_in_one_says_what_takes_less(again, monkeypatch):
     with pytest.raises(TrainingError, match="task rs: out of memory; the plan expected") as caught:
         train(again)
     assert caught.value.hint.startswith("try model.dtype=bfloat16 model.adapter_dtype=null; stopped before")
+
+
+def test_out_of_memory_while_the_base_is_loaded(again, monkeypatch):
+    """As in a run of one: a message, and the folders of all tasks say that it is over."""
+
+    def full(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr(tasks, "load_base", full)
+    with pytest.raises(TrainingError, match="out of memory; the plan expected"):
+        train(again)
+    folder = Path(again.recipe.output_dir)
+    assert [status_of(folder / "tasks" / name) for name in NAMES] == ["failed", "interrupted"]
+
+
+def test_stopped_after_the_last_task_and_before_the_end(again, whole):
+    folder = Path(again.recipe.output_dir)
+    train(again)
+    status = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**status, "status": "running", "process": {}}))
+    train(again, resume=True)
+    assert_all_same(folder, whole[1])
 
 
 def test_a_full_disk_ends_all_with_one_message(again, whole, monkeypatch):

@@ -210,6 +210,32 @@ def test_a_signal_saves_all_at_once(whole, tmp_path, monkeypatch, task, step, me
     assert turns_of(tmp_path / "run") == turns_of(whole[1].run.folder)
 
 
+def test_saved_before_a_task_has_begun_and_after_one_has_ended(tmp_path, tiny_model_folder, monkeypatch):
+    """b begins when a has taken all its steps; of the checkpoints only the newest is kept."""
+    of_b = {"run_name": "b", "max_steps": 4, "eval_strategy": "epoch", "eval_on_start": True}
+    held = {"eval_sources": str(tmp_path / "held.jsonl")}
+    tasks = [
+        {"name": "a", "weight": 10, "training": {"run_name": "a", "max_steps": 3}},
+        {"name": "b", "training": of_b, "data": {"sources": str(tmp_path / "b.jsonl"), **held}},
+    ]
+    tasks[0]["data"] = {"sources": str(tmp_path / "a.jsonl")}
+    training = {"save_steps": 1, "save_total_limit": 1}
+
+    def recipe(folder: str) -> LoadedRecipe:
+        return again(
+            (recipe_in(tmp_path, tiny_model_folder, tasks=tasks, training=training), None), tmp_path / folder
+        )
+
+    run_sft(recipe("expected"), console=QUIET)
+    for task, step in (("a", 2), ("a", 3), ("b", 1)):
+        with monkeypatch.context() as patched:
+            at_step(patched, task, step, sigterm)
+            with pytest.raises(Interrupted):
+                run_sft(recipe("run"), resume=True, console=QUIET)
+    run_sft(recipe("run"), resume=True, console=QUIET)
+    assert_same(tmp_path / "run", tmp_path / "expected")
+
+
 def last_steps(run: Path) -> list[int]:
     return [len(read_events(run / "tasks" / name / "events.jsonl", "step")) for name in "ab"]
 

@@ -150,7 +150,7 @@ def test_ranks_and_stages_of_tasks():
         (("output_dir", "data: {sources: x.jsonl}\noutput_dir"), "r.yaml:8: data.sources", "has no effect"),
         (("    adapters: {", "    training: {learning_rate: 1}\n    adapters: {"), "r.yaml:6: training.learning",
          "no effect"),
-        (("output_dir", "stages: [{at: 5, freeze: bottom}]\noutput_dir"), "r.yaml:8: stages.0.freeze",
+        (("output_dir", "stages: [{at: 5, freeze: bottom}]\noutput_dir"), "r.yaml:8: task para: stages.0.freeze",
          "no band 'bottom'"),
         (("output_dir", "stages: [{at: 50, freeze: top}]\noutput_dir"), "r.yaml:8: stages.0.at", "with step 10"),
         (("{name: all, rank: 4}", "{rank: 4, init: pissa}"), "r.yaml:16: tasks.1.adapters.0.init", "same ones"),

@@ -92,6 +92,8 @@ def main() -> None:
     name = f"{options.task}_rank{options.rank}"
     if name == "gsm8k_rank8":
         overrides.append(f"sweep.arms={json.dumps(with_more_rates(recipe))}")
+    if name == "mrpc_rank4":
+        overrides.append("sweep.seeds=[0,1,2]")
     results = run_sweep(
         load_recipe(str(recipe), overrides),
         options.work / name,
